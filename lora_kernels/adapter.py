@@ -1,0 +1,199 @@
+"""Adapters on disk, in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`.
+
+A file holds `base_model.model.<layer>.lora_A.weight [r, K]` and `.lora_B.weight [N, r]` for each adapted layer, without the
+adapter's name; PEFT loads what is written here over a dense or a bitsandbytes base, and the reverse.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .model import fused_layers
+from .nn import AdapterConfig, FusedQLoRALinear
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+
+
+def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter: str = "default") -> None:
+    """Writes an adapter of `model` as PEFT does; files appear under their names only when complete.
+
+    Args:
+        model: a model with `FusedQLoRALinear` layers.
+        directory: created if need be; files of an older adapter in it are replaced.
+        adapter: which adapter.
+
+    Raises:
+        ValueError: no layer of `model` has that adapter, or an adapter weight holds NaN or infinity.
+    """
+    layers = {name: layer for name, layer in fused_layers(model).items() if adapter in layer.adapters}
+    if not layers:
+        known = sorted({a for layer in fused_layers(model).values() for a in layer.adapters})
+        raise ValueError(f"adapter {adapter!r} is in no layer of the model; adapters: {', '.join(known) or 'none'}")
+    tensors: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        for part, matrices in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
+            weight = matrices[adapter].weight.detach()
+            if not torch.isfinite(weight).all():
+                raise ValueError(f"{name}.{part}.{adapter}.weight contains NaN or infinity: nothing was written")
+            tensors[f"{_PREFIX}{name}.{part}.weight"] = weight.cpu().contiguous().clone()
+    config = _config(model, {name: layer.adapters[adapter] for name, layer in layers.items()})
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    weights_tmp, config_tmp = directory / f".{WEIGHTS}.tmp", directory / f".{CONFIG}.tmp"
+    try:
+        save_file(tensors, weights_tmp, metadata={"format": "pt"})
+        config_tmp.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        weights_tmp.replace(directory / WEIGHTS)
+        config_tmp.replace(directory / CONFIG)
+    finally:
+        weights_tmp.unlink(missing_ok=True)
+        config_tmp.unlink(missing_ok=True)
+
+
+def _config(model: nn.Module, adapters: dict[str, AdapterConfig]) -> dict[str, Any]:
+    """PEFT's LoraConfig: the commonest rank and alpha, and patterns for the layers that differ."""
+    base, _ = Counter(adapters.values()).most_common(1)[0]
+    for field in ("lora_dropout", "use_rslora"):
+        if len({getattr(a, field) for a in adapters.values()}) > 1:
+            raise ValueError(f"{field} differs between layers, which adapter_config.json can't hold: nothing was written")
+    model_config = getattr(model, "config", None)
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else None,
+        "base_model_name_or_path": getattr(model_config, "_name_or_path", None) or None,
+        "r": base.r,
+        "lora_alpha": base.lora_alpha,
+        "lora_dropout": base.lora_dropout,
+        "use_rslora": base.use_rslora,
+        "target_modules": _targets(model, set(adapters)),
+        "rank_pattern": {name: a.r for name, a in adapters.items() if a.r != base.r},
+        "alpha_pattern": {name: a.lora_alpha for name, a in adapters.items() if a.lora_alpha != base.lora_alpha},
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+        "use_dora": False,
+    }
+
+
+def _targets(model: nn.Module, adapted: set[str]) -> list[str]:
+    """Last parts of the adapted layers' names if these name exactly those layers, else the whole names."""
+    leaves = {name.rpartition(".")[2] for name in adapted}
+    named = {n for n, m in model.named_modules() if n.rpartition(".")[2] in leaves and isinstance(m, (nn.Linear, FusedQLoRALinear))}
+    return sorted(leaves if named == adapted else adapted)
+
+
+def load_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter: str = "default") -> None:
+    """Loads an adapter that `save_adapter` or PEFT wrote and makes it the active one.
+
+    Layers that have an adapter of that name get its weights; the others of the file get the adapter added.
+
+    Args:
+        model: a model with `FusedQLoRALinear` layers (see `apply_qlora`).
+        directory: holds adapter_config.json and adapter_model.safetensors.
+        adapter: the name it gets in the model.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file is damaged, the adapter is of a kind that the fused layer does not compute, or its layers, ranks or
+            shapes do not fit the model.  The model is unchanged then.
+    """
+    directory = Path(directory)
+    config = _read_config(directory / CONFIG)
+    tensors = _read_weights(directory / WEIGHTS)
+    layers = fused_layers(model)
+    if not layers:
+        raise ValueError("model has no FusedQLoRALinear: call apply_qlora first")
+    pairs: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        match = re.fullmatch(rf"{re.escape(_PREFIX)}(.+)\.(lora_[AB])\.weight", key)
+        if match is None:
+            raise ValueError(f"{directory / WEIGHTS}: {key} is not a LoRA matrix of a linear layer")
+        pairs.setdefault(match[1], {})[match[2]] = tensor
+    plan = {name: _plan(directory, name, pair, layers, config, adapter) for name, pair in pairs.items()}
+    for name, adapter_config in plan.items():
+        layer = layers[name]
+        if adapter not in layer.adapters:
+            layer.add_adapter(adapter, adapter_config)
+        layer.adapters[adapter] = adapter_config
+        with torch.no_grad():
+            layer.lora_A[adapter].weight.copy_(pairs[name]["lora_A"])
+            layer.lora_B[adapter].weight.copy_(pairs[name]["lora_B"])
+    for name, layer in layers.items():
+        layer.set_adapter(adapter if name in plan else None)
+
+
+def _plan(
+    directory: Path, name: str, pair: dict[str, Tensor], layers: dict[str, FusedQLoRALinear], config: dict[str, Any], adapter: str
+) -> AdapterConfig:
+    """The adapter that layer `name` gets, or ValueError."""
+    file = directory / WEIGHTS
+    if name not in layers:
+        raise ValueError(f"{file}: the model has no FusedQLoRALinear called {name}")
+    if set(pair) != {"lora_A", "lora_B"}:
+        raise ValueError(f"{file}: {name} has {', '.join(pair)} only; both lora_A and lora_B are needed")
+    layer = layers[name]
+    if layer.merged:
+        raise ValueError(f"{name} has adapter {layer.active_adapter!r} merged into its weight: call unmerge() first")
+    r = _pattern(config.get("rank_pattern"), name, config["r"])
+    alpha = _pattern(config.get("alpha_pattern"), name, config["lora_alpha"])
+    try:
+        wanted = AdapterConfig(r, alpha, config.get("lora_dropout", 0.0), config.get("use_rslora", False))
+    except ValueError as e:
+        raise ValueError(f"{directory / CONFIG}: {e}") from None
+    for part, shape in (("lora_A", (r, layer.in_features)), ("lora_B", (layer.out_features, r))):
+        if tuple(pair[part].shape) != shape:
+            raise ValueError(f"{file}: {name}.{part} must be {list(shape)} for rank {r}, got {list(pair[part].shape)}")
+    if adapter in layer.adapters and layer.adapters[adapter].r != r:
+        raise ValueError(f"{name} has an adapter {adapter!r} of rank {layer.adapters[adapter].r}, the file one of rank {r}: give it another name")
+    return wanted
+
+
+def _pattern(patterns: dict[str, Any] | None, name: str, default: Any) -> Any:
+    """PEFT's rank_pattern and alpha_pattern: a key is a regular expression for the end of a layer's name."""
+    return next((v for k, v in (patterns or {}).items() if re.fullmatch(rf"(.*\.)?({k})", name)), default)
+
+
+_MUST_BE_UNSET = ("use_dora", "lora_bias", "modules_to_save", "fan_in_fan_out", "trainable_token_indices", "target_parameters")
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(file.read_text())
+        missing = [k for k in ("peft_type", "r", "lora_alpha") if k not in config]
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{file} does not exist: an adapter is a directory with {CONFIG} and {WEIGHTS}") from None
+    except (ValueError, TypeError) as e:
+        raise ValueError(f"{file} is damaged: {e}") from None
+    if missing:
+        raise ValueError(f"{file} lacks {', '.join(missing)}: not a LoRA adapter of PEFT")
+    if config["peft_type"] != "LORA":
+        raise ValueError(f"{file}: peft_type must be LORA, got {config['peft_type']!r}")
+    for key in _MUST_BE_UNSET:
+        if config.get(key):
+            raise ValueError(f"{file}: {key} must be unset for a fused layer, got {config[key]!r}")
+    if config.get("bias", "none") != "none":
+        raise ValueError(f"{file}: bias must be 'none', got {config['bias']!r}")
+    return config
+
+
+def _read_weights(file: Path) -> dict[str, Tensor]:
+    if not file.exists():
+        raise FileNotFoundError(f"{file} does not exist: an adapter is a directory with {CONFIG} and {WEIGHTS}")
+    try:
+        with safe_open(file, framework="pt") as f:
+            return {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118
+    except SafetensorError as e:
+        raise ValueError(f"{file} is damaged: {e}") from None

@@ -1,0 +1,15 @@
+"""Every environment variable that lora_kernels reads, its default and its meaning.
+
+| variable | default | meaning |
+| --- | --- | --- |
+| `LORA_KERNELS_BACKEND` | unset | force one backend (`triton`, `native`, `reference`); a call it can't run raises |
+| `LORA_KERNELS_CPU_ISA` | best the CPU has | force a level of the native CPU backend: `portable`, `avx2`, `avx512`, `avx512bf16` (read in csrc) |
+| `LORA_KERNELS_BUILD` | `auto` | what `setup.py` compiles: `auto`, `cpu`, `cuda`, `none` (read in setup.py) |
+"""
+
+import os
+
+
+def backend() -> str | None:
+    """The backend forced by `LORA_KERNELS_BACKEND`, or None."""
+    return os.environ.get("LORA_KERNELS_BACKEND") or None

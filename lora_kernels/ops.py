@@ -1,0 +1,352 @@
+"""The contract of each op: schema, argument checks, fake output, and one body that picks the backend.
+
+Registered as `torch.ops.lora_kernels.*`, opaque to torch.compile.  A quantized weight travels as its flat parts
+(`QuantizedWeight.op_args`).  Optional results are empty tensors where they were not asked for.  No op here has a gradient:
+the differentiable functions are in `autograd`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import backends
+from .formats import BLOCKSIZE2, WEIGHT_DTYPES, QuantizedWeight, check_blocksize, check_quant_type, dtype_name
+
+_WEIGHT = "Tensor packed, Tensor absmax, Tensor? absmax2, Tensor? code2, Tensor? offset, int[] shape, str quant_type, int blocksize"
+_LORA = "Tensor? lora_A, Tensor? lora_B, float scaling"
+_DROPOUT = "float dropout_p, Tensor? seed"
+
+_library = torch.library.Library("lora_kernels", "DEF")
+_library.define("quantize(Tensor weight, str quant_type, int blocksize, bool double_quant) -> (Tensor, Tensor, Tensor, Tensor)")
+_library.define("decode_absmax(Tensor absmax, Tensor absmax2, Tensor code2, Tensor offset) -> Tensor")
+_library.define(f"dequantize({_WEIGHT}, ScalarType dtype) -> Tensor")
+_library.define(f"qlora_linear(Tensor x, {_WEIGHT}, {_LORA}, Tensor? bias, {_DROPOUT}) -> (Tensor, Tensor)")
+_library.define(
+    f"qlora_linear_backward(Tensor dy, Tensor? x, Tensor? h, {_WEIGHT}, {_LORA}, {_DROPOUT}, bool[] needs)"
+    " -> (Tensor, Tensor, Tensor, Tensor)"
+)
+
+_FLOATS = ", ".join(map(dtype_name, WEIGHT_DTYPES))
+
+
+def _describe(t: Any) -> str:
+    return f"{dtype_name(t.dtype)} {list(t.shape)} on {t.device}" if isinstance(t, Tensor) else repr(t)
+
+
+# ---- quantize
+
+
+def check_quantize(weight: Tensor, quant_type: str, blocksize: int) -> None:
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight must be a torch.Tensor, got {type(weight).__name__}")
+    if weight.dtype not in WEIGHT_DTYPES:
+        raise TypeError(f"weight must be one of {_FLOATS}, got {dtype_name(weight.dtype)}")
+    if weight.numel() == 0:
+        raise ValueError(f"weight must have at least one element, got shape {list(weight.shape)}")
+    check_quant_type(quant_type)
+    check_blocksize(blocksize)
+
+
+def _quantize(weight: Tensor, quant_type: str, blocksize: int, double_quant: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    check_quantize(weight, quant_type, blocksize)
+    out = backends.pick(weight.device).quantize(weight.contiguous(), quant_type, blocksize, double_quant)
+    packed, absmax, absmax2, offset = out
+    none = weight.new_empty(0, dtype=torch.float32)
+    return packed, absmax, none if absmax2 is None else absmax2, none if offset is None else offset
+
+
+def _quantize_fake(weight: Tensor, quant_type: str, blocksize: int, double_quant: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    check_quantize(weight, quant_type, blocksize)
+    n_blocks = -(weight.numel() // -blocksize)
+    packed = weight.new_empty((weight.numel() + 1) // 2, dtype=torch.uint8)
+    if not double_quant:
+        return packed, weight.new_empty(n_blocks, dtype=torch.float32), *(weight.new_empty(0, dtype=torch.float32) for _ in "ab")
+    absmax2 = weight.new_empty(-(n_blocks // -BLOCKSIZE2), dtype=torch.float32)
+    return packed, weight.new_empty(n_blocks, dtype=torch.uint8), absmax2, weight.new_empty((), dtype=torch.float32)
+
+
+# ---- decode_absmax
+
+
+def check_decode_absmax(absmax: Tensor, absmax2: Tensor, code2: Tensor, offset: Tensor) -> None:
+    n2 = -(absmax.numel() // -BLOCKSIZE2)
+    if absmax.dtype != torch.uint8 or absmax.dim() != 1:
+        raise ValueError(f"absmax must be uint8 [n_blocks], got {_describe(absmax)}")
+    for name, t, size in (("absmax2", absmax2, n2), ("code2", code2, 256), ("offset", offset, 1)):
+        if t.dtype != torch.float32 or t.numel() != size or t.device != absmax.device:
+            raise ValueError(f"{name} must be float32 [{size}] on {absmax.device}, got {_describe(t)}")
+
+
+def _decode_absmax(absmax: Tensor, absmax2: Tensor, code2: Tensor, offset: Tensor) -> Tensor:
+    check_decode_absmax(absmax, absmax2, code2, offset)
+    return backends.pick(absmax.device).decode_absmax(absmax.contiguous(), absmax2.contiguous(), code2.contiguous(), offset)
+
+
+def _decode_absmax_fake(absmax: Tensor, absmax2: Tensor, code2: Tensor, offset: Tensor) -> Tensor:
+    check_decode_absmax(absmax, absmax2, code2, offset)
+    return torch.empty_like(absmax, dtype=torch.float32)
+
+
+# ---- dequantize
+
+
+def check_dequantize(qw: QuantizedWeight, dtype: torch.dtype) -> None:
+    if dtype not in WEIGHT_DTYPES:
+        raise TypeError(f"dtype must be one of {_FLOATS}, got {dtype_name(dtype)}")
+    _check_weight(qw, qw.device)
+
+
+def _dequantize(
+    packed: Tensor,
+    absmax: Tensor,
+    absmax2: Tensor | None,
+    code2: Tensor | None,
+    offset: Tensor | None,
+    shape: list[int],
+    quant_type: str,
+    blocksize: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    qw = QuantizedWeight(packed, absmax, absmax2, code2, offset, tuple(shape), dtype, quant_type, blocksize)
+    check_dequantize(qw, dtype)
+    return backends.pick(packed.device).dequantize(qw, dtype)
+
+
+def _dequantize_fake(
+    packed: Tensor,
+    absmax: Tensor,
+    absmax2: Tensor | None,
+    code2: Tensor | None,
+    offset: Tensor | None,
+    shape: list[int],
+    quant_type: str,
+    blocksize: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    qw = QuantizedWeight(packed, absmax, absmax2, code2, offset, tuple(shape), dtype, quant_type, blocksize)
+    check_dequantize(qw, dtype)
+    return packed.new_empty(shape, dtype=dtype)
+
+
+def _check_weight(qw: QuantizedWeight, device: torch.device) -> None:
+    check_quant_type(qw.quant_type)
+    check_blocksize(qw.blocksize)
+    qw.check()
+    for name in ("packed", "absmax", "absmax2", "code2", "offset"):
+        t = getattr(qw, name)
+        if t is not None and t.device != device:
+            raise ValueError(f"weight.{name} must be on {device}, got {t.device}")
+
+
+# ---- qlora_linear
+
+
+def check_qlora_linear(
+    x: Tensor,
+    qw: QuantizedWeight,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    scaling: float,
+    bias: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> None:
+    _check_input("x", x, 1, "K", qw)
+    _check_lora(x, qw, lora_A, lora_B, scaling, dropout_p, seed)
+    if bias is not None:
+        _check_parameter("bias", bias, (qw.shape[0],), "[N]", x)
+
+
+def _check_input(name: str, t: Tensor, axis: int, letter: str, qw: QuantizedWeight) -> None:
+    if len(qw.shape) != 2:
+        raise ValueError(f"weight must have shape [N, K], got {list(qw.shape)}")
+    if t.dim() != 2 or t.shape[1] != qw.shape[axis]:
+        raise ValueError(f"{name} must have last dimension {letter}={qw.shape[axis]} to match weight {list(qw.shape)}, got {list(t.shape)}")
+    if t.dtype not in WEIGHT_DTYPES and not (t.dtype == torch.float64 and backends.forced() == "reference"):
+        raise TypeError(
+            f"{name} must be one of {_FLOATS} (float64 inside `with use_backend('reference')` only), got {dtype_name(t.dtype)}"
+        )
+    _check_weight(qw, t.device)
+
+
+def _check_parameter(name: str, t: Tensor, shape: tuple[int, ...], letters: str, x: Tensor) -> None:
+    if tuple(t.shape) != shape:
+        raise ValueError(f"{name} must be {letters} = {list(shape)}, got {list(t.shape)}")
+    if not t.dtype.is_floating_point or (t.dtype == torch.float64) != (x.dtype == torch.float64):
+        raise TypeError(f"{name} must be one of {_FLOATS}, got {dtype_name(t.dtype)} beside an input of {dtype_name(x.dtype)}")
+    if t.device != x.device:
+        raise ValueError(f"{name} must be on {x.device} like the input, got {t.device}")
+
+
+def _check_lora(
+    x: Tensor,
+    qw: QuantizedWeight,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> None:
+    if (lora_A is None) != (lora_B is None):
+        given, missing = ("lora_A", "lora_B") if lora_B is None else ("lora_B", "lora_A")
+        raise ValueError(f"lora_A and lora_B must be given together, got {given} without {missing}")
+    if not math.isfinite(scaling):
+        raise ValueError(f"scaling must be a finite number, got {scaling}")
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
+    if lora_A is None or lora_B is None:
+        if dropout_p:
+            raise ValueError(f"dropout_p acts on the input of lora_A, which is None: it must be 0, got {dropout_p}")
+        return
+    N, K = qw.shape
+    r = lora_A.shape[0] if lora_A.dim() == 2 else 0
+    if r == 0:
+        raise ValueError(f"lora_A must be [r, K] = [r, {K}] with r >= 1, got {list(lora_A.shape)}")
+    _check_parameter("lora_A", lora_A, (r, K), "[r, K]", x)
+    _check_parameter("lora_B", lora_B, (N, r), "[N, r]", x)
+    if dropout_p and (seed is None or seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != x.device):
+        raise ValueError(f"seed must be int64 [1] on {x.device} when dropout_p > 0, got {_describe(seed)}")
+
+
+def _contiguous(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.contiguous()
+
+
+def _qlora_linear(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    absmax2: Tensor | None,
+    code2: Tensor | None,
+    offset: Tensor | None,
+    shape: list[int],
+    quant_type: str,
+    blocksize: int,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    scaling: float,
+    bias: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    qw = QuantizedWeight(packed, absmax, absmax2, code2, offset, tuple(shape), x.dtype, quant_type, blocksize)
+    check_qlora_linear(x, qw, lora_A, lora_B, scaling, bias, dropout_p, seed)
+    A, B, bias = _contiguous(lora_A), _contiguous(lora_B), _contiguous(bias)
+    return backends.pick(x.device).qlora_linear(x.contiguous(), qw, A, B, scaling, bias, dropout_p, seed)
+
+
+def _qlora_linear_fake(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    absmax2: Tensor | None,
+    code2: Tensor | None,
+    offset: Tensor | None,
+    shape: list[int],
+    quant_type: str,
+    blocksize: int,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    scaling: float,
+    bias: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    qw = QuantizedWeight(packed, absmax, absmax2, code2, offset, tuple(shape), x.dtype, quant_type, blocksize)
+    check_qlora_linear(x, qw, lora_A, lora_B, scaling, bias, dropout_p, seed)
+    return x.new_empty(x.shape[0], shape[0]), x.new_empty(x.shape[0], 0 if lora_A is None else lora_A.shape[0])
+
+
+# ---- qlora_linear_backward
+
+
+def check_qlora_linear_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    h: Tensor | None,
+    qw: QuantizedWeight,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    needs: list[bool],
+) -> None:
+    _check_input("dy", dy, 0, "N", qw)
+    _check_lora(dy, qw, lora_A, lora_B, scaling, dropout_p, seed)
+    if len(needs) != 4:
+        raise ValueError(f"needs must be 4 flags (dx, dA, dB, dbias), got {list(needs)}")
+    if (needs[1] or needs[2]) and lora_A is None:
+        raise ValueError(f"needs asks for dA or dB without an adapter: lora_A is None, needs = {list(needs)}")
+    M, r = dy.shape[0], 0 if lora_A is None else lora_A.shape[0]
+    for name, t, need, width in (("x", x, needs[1], qw.shape[1]), ("h", h, needs[2], r)):
+        if need and (t is None or tuple(t.shape) != (M, width) or t.dtype != dy.dtype or t.device != dy.device):
+            raise ValueError(f"{name} must be {dtype_name(dy.dtype)} {[M, width]} on {dy.device}, got {_describe(t)}")
+
+
+def _qlora_linear_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    h: Tensor | None,
+    packed: Tensor,
+    absmax: Tensor,
+    absmax2: Tensor | None,
+    code2: Tensor | None,
+    offset: Tensor | None,
+    shape: list[int],
+    quant_type: str,
+    blocksize: int,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    needs: list[bool],
+) -> tuple[Tensor, ...]:
+    qw = QuantizedWeight(packed, absmax, absmax2, code2, offset, tuple(shape), dy.dtype, quant_type, blocksize)
+    check_qlora_linear_backward(dy, x, h, qw, lora_A, lora_B, scaling, dropout_p, seed, needs)
+    x, h = _contiguous(x) if needs[1] else None, _contiguous(h) if needs[2] else None
+    A, B = _contiguous(lora_A), _contiguous(lora_B)
+    grads = backends.pick(dy.device).qlora_linear_backward(
+        dy.contiguous(), x, h, qw, A, B, scaling, dropout_p, seed, tuple(needs)
+    )
+    return tuple(dy.new_empty(0) if g is None else g for g in grads)
+
+
+def _qlora_linear_backward_fake(
+    dy: Tensor,
+    x: Tensor | None,
+    h: Tensor | None,
+    packed: Tensor,
+    absmax: Tensor,
+    absmax2: Tensor | None,
+    code2: Tensor | None,
+    offset: Tensor | None,
+    shape: list[int],
+    quant_type: str,
+    blocksize: int,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    needs: list[bool],
+) -> tuple[Tensor, ...]:
+    qw = QuantizedWeight(packed, absmax, absmax2, code2, offset, tuple(shape), dy.dtype, quant_type, blocksize)
+    check_qlora_linear_backward(dy, x, h, qw, lora_A, lora_B, scaling, dropout_p, seed, needs)
+    dbias_dtype = torch.float64 if dy.dtype == torch.float64 else torch.float32
+    return (
+        dy.new_empty((dy.shape[0], shape[1]) if needs[0] else 0),
+        lora_A.new_empty(lora_A.shape) if needs[1] and lora_A is not None else dy.new_empty(0),
+        lora_B.new_empty(lora_B.shape) if needs[2] and lora_B is not None else dy.new_empty(0),
+        dy.new_empty(shape[0], dtype=dbias_dtype) if needs[3] else dy.new_empty(0),
+    )
+
+
+for _name in ("quantize", "decode_absmax", "dequantize", "qlora_linear", "qlora_linear_backward"):
+    _library.impl(_name, globals()[f"_{_name}"], "CompositeExplicitAutograd")
+    torch.library.register_fake(f"lora_kernels::{_name}", globals()[f"_{_name}_fake"], lib=_library)
