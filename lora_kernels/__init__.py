@@ -5,7 +5,7 @@ from .autograd import decode_absmax, dequantize, qlora_linear, quantize
 from .backends import use_backend
 from .formats import QuantizedWeight
 from .model import Report, apply_qlora, disable_adapters, set_adapter, verify
-from .nn import FusedQLoRALinear, AdapterConfig, MergeReport
+from .nn import AdapterConfig, FusedQLoRALinear, MergeReport
 from .version import __version__
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "MergeReport",
     "QuantizedWeight",
     "Report",
+    "__version__",
     "apply_qlora",
     "decode_absmax",
     "dequantize",
@@ -24,6 +25,5 @@ __all__ = [
     "save_adapter",
     "set_adapter",
     "use_backend",
-    "__version__",
     "verify",
 ]

@@ -42,11 +42,10 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter: s
         raise ValueError(f"adapter {adapter!r} is in no layer of the model; adapters: {', '.join(known) or 'none'}")
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
-        for part, matrices in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
-            weight = matrices[adapter].weight.detach()
-            if not torch.isfinite(weight).all():
+        for part, matrix in zip(("lora_A", "lora_B"), layer.lora_matrices(adapter), strict=True):
+            if not torch.isfinite(matrix).all():
                 raise ValueError(f"{name}.{part}.{adapter}.weight contains NaN or infinity: nothing was written")
-            tensors[f"{_PREFIX}{name}.{part}.weight"] = weight.cpu().contiguous().clone()
+            tensors[f"{_PREFIX}{name}.{part}.weight"] = matrix.detach().cpu().contiguous().clone()
     config = _config(model, {name: layer.adapters[adapter] for name, layer in layers.items()})
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -91,7 +90,9 @@ def _config(model: nn.Module, adapters: dict[str, AdapterConfig]) -> dict[str, A
 def _targets(model: nn.Module, adapted: set[str]) -> list[str]:
     """Last parts of the adapted layers' names if these name exactly those layers, else the whole names."""
     leaves = {name.rpartition(".")[2] for name in adapted}
-    named = {n for n, m in model.named_modules() if n.rpartition(".")[2] in leaves and isinstance(m, (nn.Linear, FusedQLoRALinear))}
+    named = {
+        n for n, m in model.named_modules() if n.rpartition(".")[2] in leaves and isinstance(m, (nn.Linear, FusedQLoRALinear))
+    }
     return sorted(leaves if named == adapted else adapted)
 
 
@@ -129,14 +130,19 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter: s
             layer.add_adapter(adapter, adapter_config)
         layer.adapters[adapter] = adapter_config
         with torch.no_grad():
-            layer.lora_A[adapter].weight.copy_(pairs[name]["lora_A"])
-            layer.lora_B[adapter].weight.copy_(pairs[name]["lora_B"])
+            for part, matrix in zip(("lora_A", "lora_B"), layer.lora_matrices(adapter), strict=True):
+                matrix.copy_(pairs[name][part])
     for name, layer in layers.items():
         layer.set_adapter(adapter if name in plan else None)
 
 
 def _plan(
-    directory: Path, name: str, pair: dict[str, Tensor], layers: dict[str, FusedQLoRALinear], config: dict[str, Any], adapter: str
+    directory: Path,
+    name: str,
+    pair: dict[str, Tensor],
+    layers: dict[str, FusedQLoRALinear],
+    config: dict[str, Any],
+    adapter: str,
 ) -> AdapterConfig:
     """The adapter that layer `name` gets, or ValueError."""
     file = directory / WEIGHTS
@@ -157,7 +163,7 @@ def _plan(
         if tuple(pair[part].shape) != shape:
             raise ValueError(f"{file}: {name}.{part} must be {list(shape)} for rank {r}, got {list(pair[part].shape)}")
     if adapter in layer.adapters and layer.adapters[adapter].r != r:
-        raise ValueError(f"{name} has an adapter {adapter!r} of rank {layer.adapters[adapter].r}, the file one of rank {r}: give it another name")
+        raise ValueError(f"{name} has an adapter {adapter!r} of rank {layer.adapters[adapter].r}, the file one of rank {r}")
     return wanted
 
 

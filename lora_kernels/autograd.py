@@ -53,7 +53,9 @@ def quantize(
     shape, dtype = tuple(weight.shape), weight.dtype
     if not double_quant:
         return QuantizedWeight(packed, absmax, None, None, None, shape, dtype, quant_type, blocksize)
-    return QuantizedWeight(packed, absmax, absmax2, DYNAMIC_MAP.to(weight.device, copy=True), offset, shape, dtype, quant_type, blocksize)
+    return QuantizedWeight(
+        packed, absmax, absmax2, DYNAMIC_MAP.to(weight.device, copy=True), offset, shape, dtype, quant_type, blocksize
+    )
 
 
 def dequantize(qw: QuantizedWeight, dtype: torch.dtype | None = None) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ QUANT_TYPES = ("nf4", "fp4")
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 BLOCKSIZE2 = 256
 """Blocks that share one second-level scale."""
+_TENSORS = ("packed", "absmax", "absmax2", "code2", "offset")
 STORAGE_DTYPES = (torch.uint8, torch.bfloat16, torch.float16, torch.float32)
 WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -161,11 +162,10 @@ class QuantizedWeight:
 
     def to(self, device: torch.device | str) -> QuantizedWeight:
         """The same weight on `device`."""
-        moved = (t if t is None else t.to(device) for t in self._tensors())
-        return QuantizedWeight(*moved, self.shape, self.dtype, self.quant_type, self.blocksize)  # type: ignore[arg-type]
+        return replace(self, **{n: t.to(device) for n in _TENSORS if (t := getattr(self, n)) is not None})
 
     def _tensors(self) -> tuple[Tensor | None, ...]:
-        return self.packed, self.absmax, self.absmax2, self.code2, self.offset
+        return tuple(getattr(self, n) for n in _TENSORS)
 
     def op_args(self) -> tuple[Any, ...]:
         """The flat arguments by which the ops of `lora_kernels.ops` take a weight; `dtype` is not among them."""
@@ -199,7 +199,9 @@ class QuantizedWeight:
         blob = [f"{prefix}.quant_state.bitsandbytes__{q}" for q in QUANT_TYPES]
         found = [k for k in blob if k in sd]
         if not found:
-            raise KeyError(f"{prefix} has no {' or '.join(blob)}: it is not a 4-bit weight saved by bitsandbytes or lora_kernels")
+            raise KeyError(
+                f"{prefix} has no {' or '.join(blob)}: it is not a 4-bit weight saved by bitsandbytes or lora_kernels"
+            )
         try:
             meta = json.loads(bytes(sd[found[0]].tolist()))
         except ValueError as e:
@@ -231,7 +233,7 @@ class QuantizedWeight:
 
     @classmethod
     def from_bitsandbytes(cls, weight: bnb.nn.Params4bit | tuple[Tensor, bnb.functional.QuantState]) -> QuantizedWeight:
-        """The bytes of a quantized `bnb.nn.Params4bit`, or of the pair that `bnb.functional.quantize_4bit` returns; shared, not copied.
+        """The bytes of a `bnb.nn.Params4bit`, or of the pair that `bnb.functional.quantize_4bit` returns; shared, not copied.
 
         Raises:
             ValueError: not quantized yet, or repacked by bitsandbytes for CPU inference.
@@ -310,7 +312,9 @@ class QuantizedWeight:
         if dtype not in WEIGHT_DTYPES:
             raise ValueError(f"{name}: dtype must be one of {_names(WEIGHT_DTYPES)}, got {dtype}")
         if packed.dtype not in STORAGE_DTYPES:
-            raise ValueError(f"{name}: packed bytes must be stored as one of {_names(STORAGE_DTYPES)}, got {dtype_name(packed.dtype)}")
+            raise ValueError(
+                f"{name}: packed bytes must be stored as one of {_names(STORAGE_DTYPES)}, got {dtype_name(packed.dtype)}"
+            )
         if quant_map is not None and not quant_map.is_meta and not torch.equal(quant_map.float().cpu(), codebook(quant_type)):
             raise ValueError(f"{name}: quant_map is not the {quant_type} table of bitsandbytes 0.50")
         qw = cls(
@@ -328,10 +332,12 @@ class QuantizedWeight:
         return qw
 
     def check(self, name: str = "weight") -> None:
-        """Raises ValueError if the tensors do not have the sizes and dtypes that `shape`, `blocksize` and double quantization ask for."""
+        """Raises ValueError if the tensors do not have the sizes and dtypes that `shape` and `blocksize` ask for."""
         want_bytes = (self.numel + 1) // 2
         if self.packed.nbytes != want_bytes:
-            raise ValueError(f"{name}: packed must hold {want_bytes} bytes for shape {list(self.shape)}, got {self.packed.nbytes}")
+            raise ValueError(
+                f"{name}: packed must hold {want_bytes} bytes for shape {list(self.shape)}, got {self.packed.nbytes}"
+            )
         want = torch.uint8 if self.double_quant else torch.float32
         if self.absmax.dtype != want or self.absmax.numel() != self.n_blocks:
             raise ValueError(
@@ -357,4 +363,3 @@ pytree.register_pytree_node(
     lambda tensors, meta: QuantizedWeight(*tensors, *meta),
     serialized_type_name="lora_kernels.QuantizedWeight",
 )
-

@@ -102,18 +102,24 @@ def apply_qlora(
         param.requires_grad_(False)
     for module, group in linears.items():
         target = adapter if target_modules == "all-linear" or any(_matches(n, target_modules) for n in group) else None
-        lora = (target.r, target.lora_alpha, target.lora_dropout, target.use_rslora) if target else (0,)
         if _is_bitsandbytes(module):
-            fused = FusedQLoRALinear.from_bitsandbytes(module, *lora, compute_dtype=compute_dtype)
+            fused = FusedQLoRALinear.from_bitsandbytes(module, r=0, compute_dtype=compute_dtype)
         else:
-            quant = (quant_type, blocksize, double_quant, quant_storage, compute_dtype)
-            fused = FusedQLoRALinear.from_linear(module, *lora, **dict(zip(_QUANT, quant, strict=True)))  # type: ignore[arg-type]
+            assert isinstance(module, nn.Linear)
+            fused = FusedQLoRALinear.from_linear(
+                module,
+                r=0,
+                quant_type=quant_type,
+                blocksize=blocksize,
+                double_quant=double_quant,
+                quant_storage=quant_storage,
+                compute_dtype=compute_dtype,
+            )
+        if target is not None:
+            fused.add_adapter("default", target)
         for name in group:
             model.set_submodule(name, fused)
     return model
-
-
-_QUANT = ("quant_type", "blocksize", "double_quant", "quant_storage", "compute_dtype")
 
 
 def _check_patterns(argument: str, patterns: str | Sequence[str], names: list[str], strict: bool) -> None:
@@ -136,12 +142,16 @@ def _check_weights(model: nn.Module, linears: dict[nn.Module, list[str]], quant_
         own = {f"{n}.weight" for n in group}
         shared = [n for n in owners[id(weight)] if n not in own]
         if shared:
-            raise ValueError(f"{group[0]}.weight is shared with {shared[0]} and can't be quantized: add {group[0]!r} to exclude_modules")
+            raise ValueError(
+                f"{group[0]}.weight is shared with {shared[0]} and can't be quantized: add {group[0]!r} to exclude_modules"
+            )
         if _is_bitsandbytes(module):
             state = getattr(weight, "quant_state", None)
             if state is None or getattr(state, "packing_format_for_cpu", False):
                 why = "is not quantized yet" if state is None else "was repacked by bitsandbytes for CPU inference"
-                raise ValueError(f"{group[0]}: this Linear4bit {why}; load the model again and convert it before its first forward pass")
+                raise ValueError(
+                    f"{group[0]}: this Linear4bit {why}; load the model again and convert it before its first forward pass"
+                )
             continue
         check_storage(quant_storage, weight.numel())
         if not weight.is_meta and not torch.isfinite(torch.stack(torch.aminmax(weight.detach()))).all():
@@ -186,7 +196,7 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Row:
-    """One linear layer in a `Report`: its name, class, whether it is fused, by which backend, with which adapter, and why (not)."""
+    """One linear layer in a `Report`."""
 
     name: str
     kind: str

@@ -128,7 +128,12 @@ class FusedQLoRALinear(nn.Module):
 
     @classmethod
     def _build(
-        cls, qw: QuantizedWeight, bias: Tensor | None, compute_dtype: torch.dtype | None, adapter: AdapterConfig | None, training: bool
+        cls,
+        qw: QuantizedWeight,
+        bias: Tensor | None,
+        compute_dtype: torch.dtype | None,
+        adapter: AdapterConfig | None,
+        training: bool,
     ) -> FusedQLoRALinear:
         self = cls.__new__(cls)
         self._setup(qw, bias, compute_dtype, adapter)
@@ -189,7 +194,7 @@ class FusedQLoRALinear(nn.Module):
             y = qlora_linear(x, self.quantized_weight, bias=self.bias)
         else:
             adapter = self.adapters[name]
-            A, B = self.lora_A[name].weight, self.lora_B[name].weight
+            A, B = self.lora_matrices(name)
             dropout_p = adapter.lora_dropout if self.training else 0.0
             y = qlora_linear(x, self.quantized_weight, A, B, adapter.scaling, self.bias, dropout_p)
         return y if self.compute_dtype is None else y.to(dtype)
@@ -214,6 +219,10 @@ class FusedQLoRALinear(nn.Module):
 
     # ---- adapters
 
+    def lora_matrices(self, name: str) -> tuple[Tensor, Tensor]:
+        """The parameters `lora_A [r, in_features]` and `lora_B [out_features, r]` of an adapter."""
+        return self.lora_A[name].weight, self.lora_B[name].weight  # type: ignore[return-value]
+
     def add_adapter(self, name: str, config: AdapterConfig) -> None:
         """Adds an adapter (lora_A Kaiming-uniform, lora_B zero, float32) and makes it the active one.
 
@@ -228,7 +237,7 @@ class FusedQLoRALinear(nn.Module):
         factory: dict[str, Any] = {"bias": False, "device": self.weight.device, "dtype": torch.float32}
         self.lora_A[name] = nn.Linear(self.in_features, config.r, **factory)
         self.lora_B[name] = nn.Linear(config.r, self.out_features, **factory)
-        nn.init.zeros_(self.lora_B[name].weight)
+        nn.init.zeros_(self.lora_matrices(name)[1])
         self.adapters[name] = config
         self.set_adapter(name)
 
@@ -278,12 +287,12 @@ class FusedQLoRALinear(nn.Module):
         base = dequantize(self._unmerged or self.quantized_weight, torch.float32)
         if self.active_adapter is None:
             return base, torch.zeros_like(base)
-        A, B = (m[self.active_adapter].weight.detach().float() for m in (self.lora_A, self.lora_B))
+        A, B = (m.detach().float() for m in self.lora_matrices(self.active_adapter))
         return base, self.adapters[self.active_adapter].scaling * (B @ A)
 
     @torch.no_grad()
     def to_linear(self, dtype: torch.dtype | None = None) -> nn.Linear:
-        """A dense layer with the dequantized base plus the active adapter's update: the merge that loses nothing but one rounding.
+        """A dense layer, dequantized base plus the active adapter's update: the merge that loses nothing but one rounding.
 
         Args:
             dtype: of the dense weight and bias; None takes the dtype that the base weight had before quantization.
@@ -380,4 +389,6 @@ class FusedQLoRALinear(nn.Module):
             self._set_weight(qw)
         else:
             here = qw.to(self.weight.device)
-            self._set_weight(replace(here, **{n: t.clone() for n in ("packed", *_SCALES) if (t := getattr(here, n)) is not None}))
+            self._set_weight(
+                replace(here, **{n: t.clone() for n in ("packed", *_SCALES) if (t := getattr(here, n)) is not None})
+            )

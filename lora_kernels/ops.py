@@ -8,6 +8,7 @@ the differentiable functions are in `autograd`.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,21 +17,34 @@ from torch import Tensor
 from . import backends
 from .formats import BLOCKSIZE2, WEIGHT_DTYPES, QuantizedWeight, check_blocksize, check_quant_type, dtype_name
 
-_WEIGHT = "Tensor packed, Tensor absmax, Tensor? absmax2, Tensor? code2, Tensor? offset, int[] shape, str quant_type, int blocksize"
+_WEIGHT = (
+    "Tensor packed, Tensor absmax, Tensor? absmax2, Tensor? code2, Tensor? offset, int[] shape, str quant_type, int blocksize"
+)
 _LORA = "Tensor? lora_A, Tensor? lora_B, float scaling"
 _DROPOUT = "float dropout_p, Tensor? seed"
+_FLOATS = ", ".join(map(dtype_name, WEIGHT_DTYPES))
 
 _library = torch.library.Library("lora_kernels", "DEF")
-_library.define("quantize(Tensor weight, str quant_type, int blocksize, bool double_quant) -> (Tensor, Tensor, Tensor, Tensor)")
-_library.define("decode_absmax(Tensor absmax, Tensor absmax2, Tensor code2, Tensor offset) -> Tensor")
-_library.define(f"dequantize({_WEIGHT}, ScalarType dtype) -> Tensor")
-_library.define(f"qlora_linear(Tensor x, {_WEIGHT}, {_LORA}, Tensor? bias, {_DROPOUT}) -> (Tensor, Tensor)")
-_library.define(
-    f"qlora_linear_backward(Tensor dy, Tensor? x, Tensor? h, {_WEIGHT}, {_LORA}, {_DROPOUT}, bool[] needs)"
-    " -> (Tensor, Tensor, Tensor, Tensor)"
-)
 
-_FLOATS = ", ".join(map(dtype_name, WEIGHT_DTYPES))
+
+def _register(schema: str, body: Callable[..., Any], fake: Callable[..., Any], weight_at: int | None = None) -> None:
+    """Defines an op.  `body` and `fake` take a QuantizedWeight at position `weight_at`, the op its flat parts there."""
+
+    def rebuilt(fn: Callable[..., Any]) -> Callable[..., Any]:
+        if weight_at is None:
+            return fn
+
+        def flat(*args: Any) -> Any:
+            packed, absmax, absmax2, code2, offset, shape, quant_type, blocksize = args[weight_at : weight_at + 8]
+            qw = QuantizedWeight(packed, absmax, absmax2, code2, offset, tuple(shape), torch.float32, quant_type, blocksize)
+            return fn(*args[:weight_at], qw, *args[weight_at + 8 :])
+
+        return flat
+
+    name = schema.partition("(")[0]
+    _library.define(schema)
+    _library.impl(name, rebuilt(body), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"lora_kernels::{name}", rebuilt(fake), lib=_library)
 
 
 def _describe(t: Any) -> str:
@@ -51,22 +65,26 @@ def check_quantize(weight: Tensor, quant_type: str, blocksize: int) -> None:
     check_blocksize(blocksize)
 
 
-def _quantize(weight: Tensor, quant_type: str, blocksize: int, double_quant: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _quantize(weight: Tensor, quant_type: str, blocksize: int, double_quant: bool) -> tuple[Tensor, ...]:
     check_quantize(weight, quant_type, blocksize)
-    out = backends.pick(weight.device).quantize(weight.contiguous(), quant_type, blocksize, double_quant)
-    packed, absmax, absmax2, offset = out
-    none = weight.new_empty(0, dtype=torch.float32)
-    return packed, absmax, none if absmax2 is None else absmax2, none if offset is None else offset
+    parts = backends.pick(weight.device).quantize(weight.contiguous(), quant_type, blocksize, double_quant)
+    return tuple(weight.new_empty(0, dtype=torch.float32) if t is None else t for t in parts)
 
 
-def _quantize_fake(weight: Tensor, quant_type: str, blocksize: int, double_quant: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _quantize_fake(weight: Tensor, quant_type: str, blocksize: int, double_quant: bool) -> tuple[Tensor, ...]:
     check_quantize(weight, quant_type, blocksize)
     n_blocks = -(weight.numel() // -blocksize)
     packed = weight.new_empty((weight.numel() + 1) // 2, dtype=torch.uint8)
-    if not double_quant:
-        return packed, weight.new_empty(n_blocks, dtype=torch.float32), *(weight.new_empty(0, dtype=torch.float32) for _ in "ab")
-    absmax2 = weight.new_empty(-(n_blocks // -BLOCKSIZE2), dtype=torch.float32)
-    return packed, weight.new_empty(n_blocks, dtype=torch.uint8), absmax2, weight.new_empty((), dtype=torch.float32)
+    absmax = weight.new_empty(n_blocks, dtype=torch.uint8 if double_quant else torch.float32)
+    absmax2 = weight.new_empty(-(n_blocks // -BLOCKSIZE2) if double_quant else 0, dtype=torch.float32)
+    return packed, absmax, absmax2, weight.new_empty(() if double_quant else 0, dtype=torch.float32)
+
+
+_register(
+    "quantize(Tensor weight, str quant_type, int blocksize, bool double_quant) -> (Tensor, Tensor, Tensor, Tensor)",
+    _quantize,
+    _quantize_fake,
+)
 
 
 # ---- decode_absmax
@@ -91,6 +109,11 @@ def _decode_absmax_fake(absmax: Tensor, absmax2: Tensor, code2: Tensor, offset: 
     return torch.empty_like(absmax, dtype=torch.float32)
 
 
+_register(
+    "decode_absmax(Tensor absmax, Tensor absmax2, Tensor code2, Tensor offset) -> Tensor", _decode_absmax, _decode_absmax_fake
+)
+
+
 # ---- dequantize
 
 
@@ -100,36 +123,17 @@ def check_dequantize(qw: QuantizedWeight, dtype: torch.dtype) -> None:
     _check_weight(qw, qw.device)
 
 
-def _dequantize(
-    packed: Tensor,
-    absmax: Tensor,
-    absmax2: Tensor | None,
-    code2: Tensor | None,
-    offset: Tensor | None,
-    shape: list[int],
-    quant_type: str,
-    blocksize: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    qw = QuantizedWeight(packed, absmax, absmax2, code2, offset, tuple(shape), dtype, quant_type, blocksize)
+def _dequantize(qw: QuantizedWeight, dtype: torch.dtype) -> Tensor:
     check_dequantize(qw, dtype)
-    return backends.pick(packed.device).dequantize(qw, dtype)
+    return backends.pick(qw.device).dequantize(qw, dtype)
 
 
-def _dequantize_fake(
-    packed: Tensor,
-    absmax: Tensor,
-    absmax2: Tensor | None,
-    code2: Tensor | None,
-    offset: Tensor | None,
-    shape: list[int],
-    quant_type: str,
-    blocksize: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    qw = QuantizedWeight(packed, absmax, absmax2, code2, offset, tuple(shape), dtype, quant_type, blocksize)
+def _dequantize_fake(qw: QuantizedWeight, dtype: torch.dtype) -> Tensor:
     check_dequantize(qw, dtype)
-    return packed.new_empty(shape, dtype=dtype)
+    return qw.packed.new_empty(qw.shape, dtype=dtype)
+
+
+_register(f"dequantize({_WEIGHT}, ScalarType dtype) -> Tensor", _dequantize, _dequantize_fake, weight_at=0)
 
 
 def _check_weight(qw: QuantizedWeight, device: torch.device) -> None:
@@ -162,22 +166,24 @@ def check_qlora_linear(
 
 
 def _check_input(name: str, t: Tensor, axis: int, letter: str, qw: QuantizedWeight) -> None:
-    if len(qw.shape) != 2:
-        raise ValueError(f"weight must have shape [N, K], got {list(qw.shape)}")
-    if t.dim() != 2 or t.shape[1] != qw.shape[axis]:
-        raise ValueError(f"{name} must have last dimension {letter}={qw.shape[axis]} to match weight {list(qw.shape)}, got {list(t.shape)}")
-    if t.dtype not in WEIGHT_DTYPES and not (t.dtype == torch.float64 and backends.forced() == "reference"):
-        raise TypeError(
-            f"{name} must be one of {_FLOATS} (float64 inside `with use_backend('reference')` only), got {dtype_name(t.dtype)}"
+    shape = list(qw.shape)
+    if len(shape) != 2:
+        raise ValueError(f"weight must have shape [N, K], got {shape}")
+    if t.dim() != 2 or t.shape[1] != shape[axis]:
+        raise ValueError(
+            f"{name} must be [M, {letter}] with {letter}={shape[axis]} to match weight {shape}, got {list(t.shape)}"
         )
+    if t.dtype not in WEIGHT_DTYPES and not (t.dtype == torch.float64 and backends.forced() == "reference"):
+        also = "float64 inside `with use_backend('reference')` only"
+        raise TypeError(f"{name} must be one of {_FLOATS} ({also}), got {dtype_name(t.dtype)}")
     _check_weight(qw, t.device)
 
 
 def _check_parameter(name: str, t: Tensor, shape: tuple[int, ...], letters: str, x: Tensor) -> None:
     if tuple(t.shape) != shape:
         raise ValueError(f"{name} must be {letters} = {list(shape)}, got {list(t.shape)}")
-    if not t.dtype.is_floating_point or (t.dtype == torch.float64) != (x.dtype == torch.float64):
-        raise TypeError(f"{name} must be one of {_FLOATS}, got {dtype_name(t.dtype)} beside an input of {dtype_name(x.dtype)}")
+    if t.dtype not in WEIGHT_DTYPES and not (t.dtype == x.dtype == torch.float64):
+        raise TypeError(f"{name} must be one of {_FLOATS}, got {dtype_name(t.dtype)}")
     if t.device != x.device:
         raise ValueError(f"{name} must be on {x.device} like the input, got {t.device}")
 
@@ -212,20 +218,13 @@ def _check_lora(
         raise ValueError(f"seed must be int64 [1] on {x.device} when dropout_p > 0, got {_describe(seed)}")
 
 
-def _contiguous(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.contiguous()
+def _contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    return tuple(None if t is None else t.contiguous() for t in tensors)
 
 
 def _qlora_linear(
     x: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    absmax2: Tensor | None,
-    code2: Tensor | None,
-    offset: Tensor | None,
-    shape: list[int],
-    quant_type: str,
-    blocksize: int,
+    qw: QuantizedWeight,
     lora_A: Tensor | None,
     lora_B: Tensor | None,
     scaling: float,
@@ -233,22 +232,14 @@ def _qlora_linear(
     dropout_p: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    qw = QuantizedWeight(packed, absmax, absmax2, code2, offset, tuple(shape), x.dtype, quant_type, blocksize)
     check_qlora_linear(x, qw, lora_A, lora_B, scaling, bias, dropout_p, seed)
-    A, B, bias = _contiguous(lora_A), _contiguous(lora_B), _contiguous(bias)
-    return backends.pick(x.device).qlora_linear(x.contiguous(), qw, A, B, scaling, bias, dropout_p, seed)
+    x_, A, B, bias = _contiguous(x, lora_A, lora_B, bias)
+    return backends.pick(x.device).qlora_linear(x_, qw, A, B, scaling, bias, dropout_p, seed)
 
 
 def _qlora_linear_fake(
     x: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    absmax2: Tensor | None,
-    code2: Tensor | None,
-    offset: Tensor | None,
-    shape: list[int],
-    quant_type: str,
-    blocksize: int,
+    qw: QuantizedWeight,
     lora_A: Tensor | None,
     lora_B: Tensor | None,
     scaling: float,
@@ -256,9 +247,16 @@ def _qlora_linear_fake(
     dropout_p: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    qw = QuantizedWeight(packed, absmax, absmax2, code2, offset, tuple(shape), x.dtype, quant_type, blocksize)
     check_qlora_linear(x, qw, lora_A, lora_B, scaling, bias, dropout_p, seed)
-    return x.new_empty(x.shape[0], shape[0]), x.new_empty(x.shape[0], 0 if lora_A is None else lora_A.shape[0])
+    return x.new_empty(x.shape[0], qw.shape[0]), x.new_empty(x.shape[0], 0 if lora_A is None else lora_A.shape[0])
+
+
+_register(
+    f"qlora_linear(Tensor x, {_WEIGHT}, {_LORA}, Tensor? bias, {_DROPOUT}) -> (Tensor, Tensor)",
+    _qlora_linear,
+    _qlora_linear_fake,
+    weight_at=1,
+)
 
 
 # ---- qlora_linear_backward
@@ -281,7 +279,7 @@ def check_qlora_linear_backward(
     if len(needs) != 4:
         raise ValueError(f"needs must be 4 flags (dx, dA, dB, dbias), got {list(needs)}")
     if (needs[1] or needs[2]) and lora_A is None:
-        raise ValueError(f"needs asks for dA or dB without an adapter: lora_A is None, needs = {list(needs)}")
+        raise ValueError(f"needs asks for dA or dB, but lora_A is None: needs = {list(needs)}")
     M, r = dy.shape[0], 0 if lora_A is None else lora_A.shape[0]
     for name, t, need, width in (("x", x, needs[1], qw.shape[1]), ("h", h, needs[2], r)):
         if need and (t is None or tuple(t.shape) != (M, width) or t.dtype != dy.dtype or t.device != dy.device):
@@ -292,14 +290,7 @@ def _qlora_linear_backward(
     dy: Tensor,
     x: Tensor | None,
     h: Tensor | None,
-    packed: Tensor,
-    absmax: Tensor,
-    absmax2: Tensor | None,
-    code2: Tensor | None,
-    offset: Tensor | None,
-    shape: list[int],
-    quant_type: str,
-    blocksize: int,
+    qw: QuantizedWeight,
     lora_A: Tensor | None,
     lora_B: Tensor | None,
     scaling: float,
@@ -307,13 +298,10 @@ def _qlora_linear_backward(
     seed: Tensor | None,
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
-    qw = QuantizedWeight(packed, absmax, absmax2, code2, offset, tuple(shape), dy.dtype, quant_type, blocksize)
     check_qlora_linear_backward(dy, x, h, qw, lora_A, lora_B, scaling, dropout_p, seed, needs)
-    x, h = _contiguous(x) if needs[1] else None, _contiguous(h) if needs[2] else None
-    A, B = _contiguous(lora_A), _contiguous(lora_B)
-    grads = backends.pick(dy.device).qlora_linear_backward(
-        dy.contiguous(), x, h, qw, A, B, scaling, dropout_p, seed, tuple(needs)
-    )
+    dy_, x, h, A, B = _contiguous(dy, x if needs[1] else None, h if needs[2] else None, lora_A, lora_B)
+    backend = backends.pick(dy.device)
+    grads = backend.qlora_linear_backward(dy_, x, h, qw, A, B, scaling, dropout_p, seed, tuple(needs))
     return tuple(dy.new_empty(0) if g is None else g for g in grads)
 
 
@@ -321,14 +309,7 @@ def _qlora_linear_backward_fake(
     dy: Tensor,
     x: Tensor | None,
     h: Tensor | None,
-    packed: Tensor,
-    absmax: Tensor,
-    absmax2: Tensor | None,
-    code2: Tensor | None,
-    offset: Tensor | None,
-    shape: list[int],
-    quant_type: str,
-    blocksize: int,
+    qw: QuantizedWeight,
     lora_A: Tensor | None,
     lora_B: Tensor | None,
     scaling: float,
@@ -336,17 +317,21 @@ def _qlora_linear_backward_fake(
     seed: Tensor | None,
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
-    qw = QuantizedWeight(packed, absmax, absmax2, code2, offset, tuple(shape), dy.dtype, quant_type, blocksize)
     check_qlora_linear_backward(dy, x, h, qw, lora_A, lora_B, scaling, dropout_p, seed, needs)
+    N, K = qw.shape
     dbias_dtype = torch.float64 if dy.dtype == torch.float64 else torch.float32
     return (
-        dy.new_empty((dy.shape[0], shape[1]) if needs[0] else 0),
-        lora_A.new_empty(lora_A.shape) if needs[1] and lora_A is not None else dy.new_empty(0),
-        lora_B.new_empty(lora_B.shape) if needs[2] and lora_B is not None else dy.new_empty(0),
-        dy.new_empty(shape[0], dtype=dbias_dtype) if needs[3] else dy.new_empty(0),
+        dy.new_empty((dy.shape[0], K) if needs[0] else 0),
+        dy.new_empty(0) if lora_A is None or not needs[1] else lora_A.new_empty(lora_A.shape),
+        dy.new_empty(0) if lora_B is None or not needs[2] else lora_B.new_empty(lora_B.shape),
+        dy.new_empty(N if needs[3] else 0, dtype=dbias_dtype if needs[3] else dy.dtype),
     )
 
 
-for _name in ("quantize", "decode_absmax", "dequantize", "qlora_linear", "qlora_linear_backward"):
-    _library.impl(_name, globals()[f"_{_name}"], "CompositeExplicitAutograd")
-    torch.library.register_fake(f"lora_kernels::{_name}", globals()[f"_{_name}_fake"], lib=_library)
+_register(
+    f"qlora_linear_backward(Tensor dy, Tensor? x, Tensor? h, {_WEIGHT}, {_LORA}, {_DROPOUT}, bool[] needs)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    _qlora_linear_backward,
+    _qlora_linear_backward_fake,
+    weight_at=3,
+)

@@ -1,0 +1,36 @@
+# demo, test, bench and lint work from a fresh clone: the first one run makes .venv, installs and builds.
+PYTHON ?= python3
+# Installed first, so that nothing pulls a larger build of torch; 2.13.0 is a CPU build on the machines without a GPU.
+TORCH ?= torch==2.13.0
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
+
+.PHONY: demo test lint format bench clean
+
+demo: $(INSTALLED)
+	$(BIN)/lora-kernels demo
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+bench: $(INSTALLED)
+	$(BIN)/python -m bench run train_step --device cpu
+
+lint: $(INSTALLED)
+	PATH="$(CURDIR)/$(BIN):$$PATH" pre-commit run --all-files
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+	find csrc -name '*.cpp' -o -name '*.h' | xargs $(BIN)/clang-format -i
+
+$(INSTALLED): $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install --quiet --disable-pip-version-check "$(TORCH)"
+	$(BIN)/pip install --quiet --disable-pip-version-check "setuptools>=77" wheel ninja pybind11
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation -e ".[all,dev]"
+	touch $@
+
+clean:
+	rm -rf .venv build demo lora_kernels/*.so *.egg-info
