@@ -14,14 +14,16 @@ and the dropout seed are settled here and nowhere else.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .formats import DYNAMIC_MAP, QuantizedWeight, check_storage
-from .ops import check_quantize
+from .backends import Layer
+from .formats import DYNAMIC_MAP, WEIGHT_DTYPES, QuantizedWeight, check_storage
+from .ops import check_quantize, group_args
 
 _ops = torch.ops.lora_kernels
 
@@ -105,6 +107,64 @@ def qlora_linear(
     Raises:
         TypeError, ValueError: an argument of a wrong type, dtype, shape or device; the message names it and what is accepted.
     """
+    x_2d = _rows(x, weight)
+    seed, scaling, dropout_p = _seed(x, lora_A, dropout_p), float(scaling), float(dropout_p)
+    if torch.is_grad_enabled():
+        y = _QLoRALinear.apply(x_2d, lora_A, lora_B, bias, seed, scaling, dropout_p, *weight.op_args())
+    else:
+        y, _ = _ops.qlora_linear(x_2d, *weight.op_args(), lora_A, lora_B, scaling, bias, dropout_p, seed)
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def qlora_linear_group(
+    x: Tensor,
+    weights: Sequence[QuantizedWeight],
+    lora_A: Sequence[Tensor | None] | None = None,
+    lora_B: Sequence[Tensor | None] | None = None,
+    scaling: Sequence[float] | None = None,
+    bias: Sequence[Tensor | None] | None = None,
+    dropout_p: Sequence[float] | None = None,
+) -> list[Tensor]:
+    """`qlora_linear` of several layers on one x (q, k, v; gate, up): x is read, saved and given its gradient once.
+
+    Args:
+        x: `[*, K]`.
+        weights: `[N_i, K]` each.
+        lora_A, lora_B, scaling, bias, dropout_p: one entry for each weight, as in `qlora_linear`; None means the default of
+            that function for all of them.
+
+    Returns:
+        `[*, N_i]` for each weight.
+
+    Raises:
+        TypeError, ValueError: as in `qlora_linear`; also if a list has not one entry for each weight.
+    """
+    n = len(weights)
+    if n == 0:
+        raise ValueError("weights must hold at least one QuantizedWeight, got none")
+    lists: dict[str, Sequence[Any]] = {}
+    for name, value, default in (
+        ("lora_A", lora_A, None),
+        ("lora_B", lora_B, None),
+        ("scaling", scaling, 1.0),
+        ("bias", bias, None),
+        ("dropout_p", dropout_p, 0.0),
+    ):
+        lists[name] = [default] * n if value is None else value
+        if len(lists[name]) != n:
+            raise ValueError(f"{name} must have one entry for each of the {n} weights, got {len(lists[name])}")
+    layers = []
+    for qw, A, B, s, b, p in zip(weights, *lists.values(), strict=True):
+        x_2d = _rows(x, qw)
+        layers.append((qw, A, B, float(s), b, float(p), _seed(x, A, p)))
+    tensors = [t for qw, A, B, _, b, _, seed in layers for t in (A, B, b, seed, *qw.op_args()[:5])]
+    meta = [(qw.shape, qw.quant_type, qw.blocksize, s, p) for qw, _, _, s, _, p, _ in layers]
+    ys = _QLoRALinearGroup.apply(x_2d, meta, *tensors)
+    return [y.view(*x.shape[:-1], y.shape[1]) for y in ys]
+
+
+def _rows(x: Tensor, weight: QuantizedWeight) -> Tensor:
+    """x as `[M, K]`, in the autocast dtype under autocast."""
     _weight(weight)
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
@@ -113,15 +173,16 @@ def qlora_linear(
             f"x must have last dimension K={weight.shape[-1]} to match weight {list(weight.shape)}, got {list(x.shape)}"
         )
     device_type = x.device.type
-    if torch.is_autocast_enabled(device_type) and x.dtype in (torch.float32, torch.float16, torch.bfloat16):
+    if torch.is_autocast_enabled(device_type) and x.dtype in WEIGHT_DTYPES:
         x = x.to(torch.get_autocast_dtype(device_type))
-    seed = None
-    if dropout_p and lora_A is not None:
-        seed = torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=x.device)
-    y = _QLoRALinear.apply(
-        x.reshape(-1, x.shape[-1]), lora_A, lora_B, bias, seed, float(scaling), float(dropout_p), *weight.op_args()
-    )
-    return y.view(*x.shape[:-1], weight.shape[0])
+    return x.reshape(-1, x.shape[-1])
+
+
+def _seed(x: Tensor, lora_A: Tensor | None, dropout_p: float) -> Tensor | None:
+    """A fresh seed for the dropout mask where there is one."""
+    if not dropout_p or lora_A is None:
+        return None
+    return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=x.device)
 
 
 def _weight(qw: QuantizedWeight) -> QuantizedWeight:
@@ -163,3 +224,43 @@ class _QLoRALinear(torch.autograd.Function):
         if dbias is not None:
             dbias = dbias.to(ctx.bias_dtype)
         return dx, dA, dB, dbias, *[None] * 11
+
+
+class _QLoRALinearGroup(torch.autograd.Function):
+    """`tensors` are 9 for each layer: lora_A, lora_B, bias, seed, and the five of its weight."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, meta: list[tuple[Any, ...]], *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        layers = _group_layers(meta, tensors)
+        out = _ops.qlora_linear_group(x, *group_args(layers))
+        ys, hs = out[: len(meta)], out[len(meta) :]
+        needs = [ctx.needs_input_grad[2 + 9 * i : 5 + 9 * i] for i in range(len(meta))]
+        hs = [h if need[1] else None for h, need in zip(hs, needs, strict=True)]
+        ctx.save_for_backward(x if any(need[0] for need in needs) else None, *hs, *tensors)
+        ctx.meta, ctx.needs, ctx.K = meta, needs, x.shape[1]
+        return tuple(ys)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *dys: Tensor) -> tuple[Any, ...]:
+        n = len(ctx.meta)
+        x, *rest = ctx.saved_tensors
+        hs, tensors = rest[:n], rest[n:]
+        layers = _group_layers(ctx.meta, tensors)
+        need_dx, needs = ctx.needs_input_grad[0], [flag for need in ctx.needs for flag in need]
+        dx, *grads = _ops.qlora_linear_group_backward(list(dys), x, hs, ctx.K, *group_args(layers), need_dx, needs)
+        out: list[Tensor | None] = []
+        for i, need in enumerate(ctx.needs):
+            dA, dB, dbias = (grads[j * n + i] if need[j] else None for j in range(3))
+            out += [dA, dB, None if dbias is None else dbias.to(tensors[9 * i + 2].dtype), *[None] * 6]
+        return dx if need_dx else None, None, *out
+
+
+def _group_layers(meta: list[tuple[Any, ...]], tensors: Sequence[Tensor | None]) -> list[Layer]:
+    layers = []
+    for i, (shape, quant_type, blocksize, scaling, dropout_p) in enumerate(meta):
+        A, B, bias, seed, packed, absmax, absmax2, code2, offset = tensors[9 * i : 9 * i + 9]
+        assert packed is not None and absmax is not None
+        qw = QuantizedWeight(packed, absmax, absmax2, code2, offset, shape, torch.float32, quant_type, blocksize)
+        layers.append((qw, A, B, scaling, bias, dropout_p, seed))
+    return layers

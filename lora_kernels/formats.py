@@ -52,7 +52,7 @@ NF4_CODE = _float32(
     + [0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0]
 )
 """NF4 value of each 4-bit index: quantiles of the standard normal distribution (QLoRA, appendix E)."""
-FP4_CODE = _float32([0, 0.0625, 8, 12, 4, 6, 2, 3, -0.0, -0.0625, -8, -12, -4, -6, -2, -3]) / 12
+FP4_CODE = _float32([0, 0.0625, 8, 12, 4, 6, 2, 3, 0, -0.0625, -8, -12, -4, -6, -2, -3]) / 12
 """FP4 (1 sign, 2 exponent, 1 mantissa bit) value of each 4-bit index, scaled to [-1, 1]."""
 DYNAMIC_MAP = _dynamic_map()
 """The 256-entry map of double-quantized scales."""
@@ -334,10 +334,9 @@ class QuantizedWeight:
     def check(self, name: str = "weight") -> None:
         """Raises ValueError if the tensors do not have the sizes and dtypes that `shape` and `blocksize` ask for."""
         want_bytes = (self.numel + 1) // 2
-        if self.packed.nbytes != want_bytes:
-            raise ValueError(
-                f"{name}: packed must hold {want_bytes} bytes for shape {list(self.shape)}, got {self.packed.nbytes}"
-            )
+        nbytes = self.packed.numel() * self.packed.element_size()  # Tensor.nbytes fails on symbolic sizes
+        if nbytes != want_bytes:
+            raise ValueError(f"{name}: packed must hold {want_bytes} bytes for shape {list(self.shape)}, got {nbytes}")
         want = torch.uint8 if self.double_quant else torch.float32
         if self.absmax.dtype != want or self.absmax.numel() != self.n_blocks:
             raise ValueError(

@@ -7,13 +7,14 @@ import sys
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 
 import torch
 from torch import nn
 
 from . import backends
 from .formats import check_blocksize, check_quant_type, check_storage
-from .nn import AdapterConfig, FusedQLoRALinear
+from .nn import AdapterConfig, FusedQLoRALinear, InputGroup
 
 
 def fused_layers(model: nn.Module) -> dict[str, FusedQLoRALinear]:
@@ -119,6 +120,8 @@ def apply_qlora(
             fused.add_adapter("default", target)
         for name in group:
             model.set_submodule(name, fused)
+    if adapter is None and "peft" in sys.modules:
+        import_module("lora_kernels.integrations.peft").enable_peft()
     return model
 
 
@@ -191,6 +194,31 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
             layer.enable_adapters(enabled)
 
 
+PROJECTIONS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Layers of a Hugging Face attention or MLP block that are called on the same x."""
+
+
+def group_projections(model: nn.Module, groups: Sequence[Sequence[str]] = PROJECTIONS) -> int:
+    """Lets sibling layers that a block calls on the same input compute in one call, which reads x once and saves it once.
+
+    Only where every layer of a group is a `FusedQLoRALinear` of the same in_features; results are those of separate calls.
+
+    Args:
+        groups: names of sibling layers, one sequence a group.
+
+    Returns:
+        The number of groups made.
+    """
+    made = 0
+    for block in model.modules():
+        for names in groups:
+            layers = [child for name in names if isinstance(child := getattr(block, name, None), FusedQLoRALinear)]
+            if len(layers) == len(names) and len({(layer.in_features, layer.compute_dtype) for layer in layers}) == 1:
+                InputGroup(layers)
+                made += 1
+    return made
+
+
 # ---- what is fused
 
 
@@ -204,6 +232,13 @@ class Row:
     backend: str | None
     adapter: str | None
     reason: str
+    quant_type: str | None = None
+    blocksize: int | None = None
+
+    @property
+    def format(self) -> str:
+        """`nf4/64`: quant_type and blocksize; `-` for a layer that is not in 4 bits."""
+        return f"{self.quant_type}/{self.blocksize}" if self.quant_type else "-"
 
 
 @dataclass(frozen=True)
@@ -221,8 +256,10 @@ class Report:
         return tuple(r for r in self.rows if not r.fused)
 
     def __str__(self) -> str:
-        cells = [("layer", "class", "fused", "backend", "adapter", "why")]
-        cells += [(r.name, r.kind, "yes" if r.fused else "no", r.backend or "-", r.adapter or "-", r.reason) for r in self.rows]
+        cells = [("layer", "class", "fused", "backend", "format", "adapter", "why")]
+        for r in self.rows:
+            fused = "yes" if r.fused else "no"
+            cells.append((r.name, r.kind, fused, r.backend or "-", r.format, r.adapter or "-", r.reason))
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells]
         return "\n".join([*lines, f"{len(self.fused)} of {len(self.rows)} linear layers fused"])
@@ -238,43 +275,71 @@ def verify(model: nn.Module, strict: bool = False, exclude_modules: str | Sequen
     Raises:
         RuntimeError: `strict`, and a layer is not fused; the message lists them.
     """
-    rows = []
+    rows: list[Row] = []
+    done: set[str] = set()
     for name, module in model.named_modules():
-        if isinstance(module, FusedQLoRALinear):
-            rows.append(_fused_row(name, module))
-        elif isinstance(module, nn.Linear) and not _inside_fused(model, name):
-            if _matches(name, exclude_modules):
-                why = "excluded: stays as it is"
-            elif _is_bitsandbytes(module):
-                why = "a bitsandbytes layer: apply_qlora takes it over without touching its bytes"
-            else:
-                why = "a dense layer: apply_qlora quantizes it"
-            rows.append(Row(name, type(module).__name__, False, None, None, why))
+        if any(p in done for p in _parents(name)):
+            continue
+        row = _row(name, module, any(_matches(p, exclude_modules) for p in _parents(name)))
+        if row is not None:
+            rows.append(row)
+            done.add(name)
     report = Report(tuple(rows))
     if strict:
-        bad = [r for r in report.not_fused if not _matches(r.name, exclude_modules)]
+        bad = [r for r in report.not_fused if not any(_matches(p, exclude_modules) for p in _parents(r.name))]
         if bad or not report.fused:
-            listed = "; ".join(f"{r.name}: {r.reason}" for r in bad) or "the model has no FusedQLoRALinear"
+            listed = "; ".join(f"{r.name}: {r.reason}" for r in bad) or "the model has no fused layer"
             raise RuntimeError(f"{len(bad)} linear layers are not fused: {listed}")
     return report
 
 
-def _inside_fused(model: nn.Module, name: str) -> bool:
+def _parents(name: str) -> list[str]:
+    """`name` and the names of the modules around it."""
     parts = name.split(".")
-    return any(isinstance(model.get_submodule(".".join(parts[:i])), FusedQLoRALinear) for i in range(len(parts)))
+    return [".".join(parts[: i + 1]) for i in range(len(parts))]
 
 
-def _fused_row(name: str, layer: FusedQLoRALinear) -> Row:
-    adapter = layer.active_adapter
+def _row(name: str, module: nn.Module, excluded: bool) -> Row | None:
+    """The row of a linear layer, None for another module."""
+    kind = type(module).__name__
+    if isinstance(module, FusedQLoRALinear) or hasattr(module, "fused_state"):
+        return _fused_row(name, module)
+    if _is_peft(module):
+        base = module.get_base_layer()  # type: ignore[operator]
+        if not isinstance(base, (nn.Linear, FusedQLoRALinear)):
+            return None
+        if _is_bitsandbytes(base) and not hasattr(base, "fused_state"):
+            return Row(name, kind, False, None, None, "a bitsandbytes layer: accelerate(model) makes it fused")
+        where = type(module).__module__.removesuffix(".layer").rpartition(".")[2]
+        ours = hasattr(base, "fused_state") or isinstance(base, FusedQLoRALinear)
+        return Row(name, kind, False, None, None, f"{where}: PEFT computes it {'on our base layer' if ours else 'densely'}")
+    if not isinstance(module, nn.Linear):
+        return None
+    if excluded:
+        why = "excluded: stays as it is"
+    elif _is_bitsandbytes(module):
+        why = "a bitsandbytes layer: apply_qlora or accelerate takes it over without touching its bytes"
+    else:
+        why = "a dense layer: apply_qlora quantizes it"
+    return Row(name, kind, False, None, None, why)
+
+
+def _fused_row(name: str, layer: nn.Module) -> Row:
+    """The row of a layer of ours; layers of `integrations` say through `fused_state` what they can't compute in one call."""
+    kind, problem = type(layer).__name__, None
+    if isinstance(layer, FusedQLoRALinear):
+        weight, adapter = layer.quantized_weight, layer.active_adapter
+        why = "adapter in the same call" if adapter and layer.adapters_enabled else "no active adapter"
+        if layer.merged:
+            why = "adapter merged into the 4-bit weight"
+    else:
+        weight, adapter, why, problem = layer.fused_state()  # type: ignore[operator]
+    format = (weight.quant_type, weight.blocksize)
     try:
-        backend = backends.pick(layer.weight.device).__name__.rpartition(".")[2]
+        backend = backends.pick(weight.device).__name__.rpartition(".")[2]
     except RuntimeError as e:
-        return Row(name, type(layer).__name__, False, None, adapter, str(e))
+        return Row(name, kind, False, None, adapter, str(e), *format)
     if backend == "reference":
-        better = [f"{n}: {why}" for n, why in backends.choices(layer.weight.device) if why]
-        why = "plain torch is forced" if backends.forced() else f"plain torch, because {'; '.join(better)}"
-        return Row(name, type(layer).__name__, False, backend, adapter, why)
-    why = "adapter in the same call" if adapter and layer.adapters_enabled else "no active adapter"
-    if layer.merged:
-        why = "adapter merged into the 4-bit weight"
-    return Row(name, type(layer).__name__, True, backend, adapter, why)
+        better = [f"{n}: {why}" for n, why in backends.choices(weight.device) if why]
+        problem = "plain torch is forced" if backends.forced() else f"plain torch, because {'; '.join(better)}"
+    return Row(name, kind, problem is None, backend, adapter, problem or why, *format)

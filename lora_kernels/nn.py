@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from .autograd import dequantize, qlora_linear, quantize
+from .autograd import dequantize, qlora_linear, qlora_linear_group, quantize
 from .formats import WEIGHT_DTYPES, QuantizedWeight, dtype_name
 
 if TYPE_CHECKING:
@@ -78,6 +78,7 @@ class FusedQLoRALinear(nn.Module):
     """
 
     weight: nn.Parameter
+    bias: nn.Parameter | None
     absmax: Tensor
     absmax2: Tensor | None
     code2: Tensor | None
@@ -117,12 +118,13 @@ class FusedQLoRALinear(nn.Module):
         self.out_features, self.in_features = qw.shape
         self.compute_dtype = compute_dtype
         self._set_weight(qw)
-        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
         self.lora_A, self.lora_B = nn.ModuleDict(), nn.ModuleDict()
         self.adapters: dict[str, AdapterConfig] = {}
         self.active_adapter: str | None = None
         self.adapters_enabled = True
         self._unmerged: QuantizedWeight | None = None
+        self._group: InputGroup | None = None
         if adapter is not None:
             self.add_adapter("default", adapter)
 
@@ -187,22 +189,36 @@ class FusedQLoRALinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`x [*, in_features]` -> `[*, out_features]`."""
         dtype = x.dtype
-        if self.compute_dtype is not None:
-            x = x.to(self.compute_dtype)
-        name = self.active_adapter
-        if name is None or self.merged or not self.adapters_enabled:
-            y = qlora_linear(x, self.quantized_weight, bias=self.bias)
+        if self._group is not None:
+            y = self._group.compute(self, x)
         else:
-            adapter = self.adapters[name]
-            A, B = self.lora_matrices(name)
-            dropout_p = adapter.lora_dropout if self.training else 0.0
-            y = qlora_linear(x, self.quantized_weight, A, B, adapter.scaling, self.bias, dropout_p)
+            y = qlora_linear(x if self.compute_dtype is None else x.to(self.compute_dtype), *self._linear_args())
         return y if self.compute_dtype is None else y.to(dtype)
+
+    def _linear_args(self) -> tuple[Any, ...]:
+        """What `qlora_linear` takes after x: weight, lora_A, lora_B, scaling, bias, dropout_p."""
+        name, bias = self.active_adapter, self._parameters["bias"]
+        if name is None or self.merged or not self.adapters_enabled:
+            return self.quantized_weight, None, None, 1.0, bias, 0.0
+        adapter = self.adapters[name]
+        dropout_p = adapter.lora_dropout if self.training else 0.0
+        return self.quantized_weight, *self.lora_matrices(name), adapter.scaling, bias, dropout_p
 
     @property
     def quantized_weight(self) -> QuantizedWeight:
         """The base weight `[out_features, in_features]` as it is now (merged or not), sharing memory with the layer."""
-        return QuantizedWeight(self.weight, self.absmax, self.absmax2, self.code2, self.offset, *self._weight_meta)
+        buffers = self._buffers  # read directly: nn.Module's attribute lookup would cost more than a small matmul
+        scales = (buffers["absmax"], buffers["absmax2"], buffers["code2"], buffers["offset"])
+        return QuantizedWeight(self._parameters["weight"], *scales, *self._weight_meta)  # type: ignore[arg-type]
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The base weight `[out_features, in_features]` as it is now, in `dtype` (default: that before quantization)."""
+        return dequantize(self.quantized_weight, dtype)
+
+    @property
+    def W_q(self) -> nn.Parameter:  # noqa: N802
+        """The packed weight, under the name by which PEFT knows a layer that has a `dequantize`."""
+        return self.weight
 
     def _set_weight(self, qw: QuantizedWeight) -> None:
         self.weight = nn.Parameter(qw.packed.detach(), requires_grad=False)
@@ -342,7 +358,7 @@ class FusedQLoRALinear(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedQLoRALinear:
         """Moves everything, but casts neither the float32 scales nor packed bytes that are viewed as floats."""
         kept = {n: t for n, t in self._buffers.items() if t is not None}
-        weight = self.weight
+        weight = self.weight.detach()  # super()._apply replaces the data of the parameter itself
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, t in kept.items():
             if self._buffers[name].dtype != t.dtype:  # type: ignore[union-attr]
@@ -392,3 +408,44 @@ class FusedQLoRALinear(nn.Module):
             self._set_weight(
                 replace(here, **{n: t.clone() for n in ("packed", *_SCALES) if (t := getattr(here, n)) is not None})
             )
+
+
+class InputGroup:
+    """Layers that a model calls one after another on the same x: the first call computes all of them from one read of x, the
+    others pick up their results.  A layer called on another x, or called twice, computes anew.
+
+    Args:
+        layers: at least two, of the same in_features, device and compute_dtype.
+
+    Raises:
+        ValueError: the layers can't share an input.
+    """
+
+    def __init__(self, layers: Sequence[FusedQLoRALinear]) -> None:
+        kinds = {(layer.in_features, layer.weight.device, layer.compute_dtype) for layer in layers}
+        if len(layers) < 2 or len(kinds) != 1:
+            raise ValueError(f"layers must be two or more of one in_features, device and compute_dtype, got {list(layers)}")
+        self.layers = tuple(layers)
+        self._x: Tensor | None = None
+        self._ready: dict[FusedQLoRALinear, Tensor] = {}
+        for layer in layers:
+            layer._group = self
+
+    def compute(self, layer: FusedQLoRALinear, x: Tensor) -> Tensor:
+        if self._x is not x or layer not in self._ready:
+            if layer not in self.layers:  # a replica of a layer
+                return qlora_linear(x if layer.compute_dtype is None else x.to(layer.compute_dtype), *layer._linear_args())
+            self._x, self._ready = x, self._compute_all(x)
+        y = self._ready.pop(layer)
+        if not self._ready:
+            self._x = None
+        return y
+
+    def _compute_all(self, x: Tensor) -> dict[FusedQLoRALinear, Tensor]:
+        dtype = self.layers[0].compute_dtype
+        args = zip(*(layer._linear_args() for layer in self.layers), strict=True)
+        ys = qlora_linear_group(x if dtype is None else x.to(dtype), *map(list, args))
+        return dict(zip(self.layers, ys, strict=True))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"layers": self.layers, "_x": None, "_ready": {}}

@@ -8,13 +8,14 @@ the differentiable functions are in `autograd`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import backends
+from .backends import Layer
 from .formats import BLOCKSIZE2, WEIGHT_DTYPES, QuantizedWeight, check_blocksize, check_quant_type, dtype_name
 
 _WEIGHT = (
@@ -334,4 +335,98 @@ _register(
     _qlora_linear_backward,
     _qlora_linear_backward_fake,
     weight_at=3,
+)
+
+
+# ---- qlora_linear_group: several layers on one x
+
+_WEIGHTS = (
+    "Tensor[] packed, Tensor[] absmax, Tensor?[] absmax2, Tensor?[] code2, Tensor?[] offset, "
+    "int[] N, str[] quant_type, int[] blocksize"
+)
+_LORAS = "Tensor?[] lora_A, Tensor?[] lora_B, float[] scaling, Tensor?[] bias, float[] dropout_p, Tensor?[] seed"
+
+
+def group_args(layers: Sequence[Layer]) -> tuple[list[Any], ...]:
+    """The list arguments by which the group ops take `layers`."""
+    rows = []
+    for qw, *rest in layers:
+        *tensors, shape, quant_type, blocksize = qw.op_args()
+        rows.append((*tensors, shape[0], quant_type, blocksize, *rest))
+    return tuple(map(list, zip(*rows, strict=True)))
+
+
+def _layers(K: int, args: Sequence[Sequence[Any]]) -> list[Layer]:
+    layers = []
+    for packed, absmax, absmax2, code2, offset, N, quant_type, blocksize, *rest in zip(*args, strict=True):
+        qw = QuantizedWeight(packed, absmax, absmax2, code2, offset, (N, K), torch.float32, quant_type, blocksize)
+        A, B, scaling, bias, dropout_p, seed = rest
+        layers.append((qw, *_contiguous(A, B), scaling, *_contiguous(bias), dropout_p, seed))
+    return layers
+
+
+def _check_group(x: Tensor, layers: list[Layer]) -> None:
+    if not layers:
+        raise ValueError("weights must hold at least one QuantizedWeight, got none")
+    for layer in layers:
+        check_qlora_linear(x, *layer)
+
+
+def _qlora_linear_group(x: Tensor, *args: Any) -> list[Tensor]:
+    layers = _layers(x.shape[1], args)
+    _check_group(x, layers)
+    ys, hs = backends.pick(x.device).qlora_linear_group(x.contiguous(), layers)
+    return [*ys, *hs]
+
+
+def _qlora_linear_group_fake(x: Tensor, *args: Any) -> list[Tensor]:
+    layers = _layers(x.shape[1], args)
+    _check_group(x, layers)
+    return [x.new_empty(x.shape[0], qw.shape[0]) for qw, *_ in layers] + [
+        x.new_empty(x.shape[0], 0 if A is None else A.shape[0]) for _, A, *_ in layers
+    ]
+
+
+_register(f"qlora_linear_group(Tensor x, {_WEIGHTS}, {_LORAS}) -> Tensor[]", _qlora_linear_group, _qlora_linear_group_fake)
+
+
+def _check_group_backward(
+    dys: list[Tensor], x: Tensor | None, hs: list[Tensor | None], layers: list[Layer], need_dx: bool, needs: list[bool]
+) -> list[tuple[bool, bool, bool]]:
+    each = [(needs[i], needs[i + 1], needs[i + 2]) for i in range(0, len(needs), 3)]
+    for dy, h, (qw, A, B, scaling, _, dropout_p, seed), need in zip(dys, hs, layers, each, strict=True):
+        check_qlora_linear_backward(dy, x, h, qw, A, B, scaling, dropout_p, seed, [need_dx, *need])
+    return each
+
+
+def _qlora_linear_group_backward(
+    dys: list[Tensor], x: Tensor | None, hs: list[Tensor | None], K: int, *args: Any
+) -> list[Tensor]:
+    *lists, need_dx, needs = args
+    layers = _layers(K, lists)
+    each = _check_group_backward(dys, x, hs, layers, need_dx, needs)
+    backend = backends.pick(dys[0].device)
+    x, *hs = _contiguous(x, *hs)
+    dx, dAs, dBs, dbiases = backend.qlora_linear_group_backward([dy.contiguous() for dy in dys], x, hs, layers, need_dx, each)
+    return [dys[0].new_empty(0) if g is None else g for g in (dx, *dAs, *dBs, *dbiases)]
+
+
+def _qlora_linear_group_backward_fake(
+    dys: list[Tensor], x: Tensor | None, hs: list[Tensor | None], K: int, *args: Any
+) -> list[Tensor]:
+    *lists, need_dx, needs = args
+    layers = _layers(K, lists)
+    each = _check_group_backward(dys, x, hs, layers, need_dx, needs)
+    parts: list[tuple[Tensor, ...]] = []
+    for dy, h, (qw, A, B, scaling, _, dropout_p, seed), need in zip(dys, hs, layers, each, strict=True):
+        flags = [need_dx and not parts, *need]
+        parts.append(_qlora_linear_backward_fake(dy, x, h, qw, A, B, scaling, dropout_p, seed, flags))
+    return [parts[0][0], *(part[i] for i in (1, 2, 3) for part in parts)]
+
+
+_register(
+    f"qlora_linear_group_backward(Tensor[] dy, Tensor? x, Tensor?[] h, int K, {_WEIGHTS}, {_LORAS}, bool need_dx, bool[] needs)"
+    " -> Tensor[]",
+    _qlora_linear_group_backward,
+    _qlora_linear_group_backward_fake,
 )

@@ -11,8 +11,13 @@ from contextlib import contextmanager
 from types import ModuleType
 
 import torch
+from torch import Tensor
 
 from .. import env
+from ..formats import QuantizedWeight
+
+Layer = tuple[QuantizedWeight, Tensor | None, Tensor | None, float, Tensor | None, float, Tensor | None]
+"""What `qlora_linear` takes after x: weight, lora_A, lora_B, scaling, bias, dropout_p, seed."""
 
 ORDER = {"cpu": ("native", "reference"), "cuda": ("native", "reference")}
 """Backends of each device type, best first; other devices have `reference` alone."""

@@ -4,11 +4,13 @@ Products are summed in float32 (float64 for float64 inputs) and rounded once at 
 """
 
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ..formats import BLOCKSIZE2, DYNAMIC_MAP, QuantizedWeight, codebook
+from . import Layer
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -146,20 +148,36 @@ def qlora_linear_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """`dx, dA, dB, dbias`, None where `needs` is False: with `g = dy B`, `dx = dy W + dropout(s g A)`,
     `dA = s gᵀ dropout(x)`, `dB = s dyᵀ h`, `dbias = sum dy` (float32)."""
+    dx, dA, dB, dbias = _gradients(dy, x, h, qw, lora_A, lora_B, scaling, dropout_p, seed, needs)
+    return None if dx is None else dx.to(dy.dtype), dA, dB, dbias
+
+
+def _gradients(
+    dy: Tensor,
+    x: Tensor | None,
+    h: Tensor | None,
+    qw: QuantizedWeight,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    needs: tuple[bool, bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """`qlora_linear_backward` with dx not rounded yet."""
     acc = _accumulator(dy)
     need_dx, need_dA, need_dB, need_dbias = needs
     dy_acc = dy.to(acc)
     dx = dA = dB = None
     g = dy_acc @ lora_B.to(acc) * scaling if lora_B is not None and (need_dx or need_dA) else None
     if need_dx:
-        dx_acc = dy_acc @ dequantize(qw, dy.dtype).to(acc)
+        dx = dy_acc @ dequantize(qw, dy.dtype).to(acc)
         if g is not None and lora_A is not None:
             dx_lora = g @ lora_A.to(acc)
             if dropout_p:
                 assert seed is not None
                 dx_lora *= dropout_scale(seed, (dx_lora.shape[0], dx_lora.shape[1]), dropout_p)
-            dx_acc += dx_lora
-        dx = dx_acc.to(dy.dtype)
+            dx += dx_lora
     if need_dA:
         assert g is not None and x is not None and lora_A is not None
         dA = (g.T @ _dropped(x, dropout_p, seed)).to(lora_A.dtype)
@@ -167,6 +185,34 @@ def qlora_linear_backward(
         assert h is not None and lora_B is not None
         dB = (scaling * dy_acc.T @ h.to(acc)).to(lora_B.dtype)
     return dx, dA, dB, dy_acc.sum(0) if need_dbias else None
+
+
+# ---- several layers on one x
+
+
+def qlora_linear_group(x: Tensor, layers: Sequence[Layer]) -> tuple[list[Tensor], list[Tensor]]:
+    """`y` and `h` of each layer on the same x."""
+    ys, hs = zip(*(qlora_linear(x, *layer) for layer in layers), strict=True)
+    return list(ys), list(hs)
+
+
+def qlora_linear_group_backward(
+    dys: Sequence[Tensor],
+    x: Tensor | None,
+    hs: Sequence[Tensor | None],
+    layers: Sequence[Layer],
+    need_dx: bool,
+    needs: Sequence[tuple[bool, bool, bool]],
+) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None], list[Tensor | None]]:
+    """dx, the sum over the layers rounded once, and `dA`, `dB`, `dbias` of each layer; `needs` are those of each layer."""
+    dx: Tensor | None = None
+    others = []
+    for dy, h, (qw, A, B, scaling, _, dropout_p, seed), need in zip(dys, hs, layers, needs, strict=True):
+        part, *rest = _gradients(dy, x if need[0] else None, h, qw, A, B, scaling, dropout_p, seed, (need_dx, *need))
+        dx = part if dx is None or part is None else dx + part
+        others.append(rest)
+    dAs, dBs, dbiases = map(list, zip(*others, strict=True))
+    return None if dx is None else dx.to(dys[0].dtype), dAs, dBs, dbiases
 
 
 def _accumulator(x: Tensor) -> torch.dtype:

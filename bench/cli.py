@@ -1,0 +1,141 @@
+"""The commands: run, report, tune, profile, compile-check."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+try:
+    import typer
+    from rich.console import Console
+except ImportError as e:
+    sys.exit(f"error: {e.name} is not installed: pip install 'lora_kernels[bench]'")
+
+import torch
+
+from . import bench_layer, bench_memory, bench_model, bench_weight
+from .measure import QUICK, Effort
+from .plot import draw
+from .suite import OURS, Line, run_suite, write_json, wrong_lines
+
+app = typer.Typer(help="Benchmarks of lora_kernels, side by side with what one would use instead.", no_args_is_help=True)
+
+SUITES = ("quantize", "decode_absmax", "dequantize", "forward", "train_layer", "memory", "train_step", "decode")
+MODEL_SUITES = ("train_step", "decode")
+
+
+def fail(message: str) -> NoReturn:
+    typer.echo(f"error: {message}", err=True)
+    raise typer.Exit(2)
+
+
+def make_console() -> Console:
+    """As wide as the terminal; wide enough for every table where there is none."""
+    console = Console()
+    return console if console.is_terminal else Console(width=128)
+
+
+def get_device(name: str) -> torch.device:
+    if name not in ("cpu", "cuda"):
+        fail(f"--device must be cpu or cuda, got {name!r}")
+    if name == "cuda" and not torch.cuda.is_available():
+        built = "" if torch.version.cuda else f"; this torch ({torch.__version__}) is built without CUDA"
+        fail(f"--device cuda: torch finds no CUDA GPU{built}")
+    return torch.device(name, torch.cuda.current_device()) if name == "cuda" else torch.device(name)
+
+
+def lines_of(
+    suite: str, device: torch.device, quick: bool, model: str | None, layers: int | None, batch: int, length: int
+) -> Sequence[Line]:
+    if suite in MODEL_SUITES:
+        default = "tiny" if quick else "smollm2-135m" if device.type == "cpu" else "llama-3.2-1b"
+        return bench_model.lines(suite, device, model or default, layers, quick, batch, length)
+    if suite in bench_weight.CLASSES:
+        return bench_weight.lines(suite, device, quick)
+    return bench_layer.lines(suite, device, quick)
+
+
+def names_of(contenders: Sequence[str], against: str) -> list[str]:
+    known = list(dict.fromkeys(n for n in contenders if n != OURS))
+    if against == "all":
+        return known
+    names = [n.strip() for n in against.split(",") if n.strip()]
+    unknown = [n for n in names if n not in known]
+    if unknown:
+        fail(f"--against: {', '.join(unknown)} is none of the rivals of this suite: {', '.join(known)}")
+    return names
+
+
+def target(path: Path | None, suite: str, suffix: str, several: bool) -> Path | None:
+    """The file of a suite: `path` itself, or a file in it where it is a folder."""
+    if path is None or (path.suffix == suffix and not several):
+        return path
+    if path.suffix == suffix:
+        fail(f"{path} is one file, but several suites are run: give a folder")
+    return path / f"{suite}{suffix}"
+
+
+@app.command()
+def run(
+    suites: Annotated[list[str], typer.Argument(help=f"all, or some of: {', '.join(SUITES)}")],
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    against: Annotated[str, typer.Option(help="all, or rivals separated by commas")] = "all",
+    json: Annotated[Path | None, typer.Option(help="result file, or a folder that gets SUITE.json")] = None,
+    plot: Annotated[Path | None, typer.Option(help="picture, or a folder that gets SUITE.png")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: torch's own choice")] = None,
+    quick: Annotated[bool, typer.Option(help="tiny shapes and three rounds: to see that it works, not to compare")] = False,
+    seconds: Annotated[float, typer.Option(min=0.0, help="time a contender gets on one line, at least nine rounds")] = 0.5,
+    model: Annotated[str | None, typer.Option(help="train_step and decode: a model folder, or a shape's name")] = None,
+    layers: Annotated[int | None, typer.Option(min=1, help="train_step and decode: only the first layers")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="train_step: sequences")] = 4,
+    length: Annotated[int, typer.Option(min=2, help="train_step: tokens of each")] = 256,
+    only: Annotated[str, typer.Option(help="lines whose label contains this text")] = "",
+) -> None:
+    """Measures suites side by side, prints a table a line, worst and best ratios last."""
+    if suites == ["all"]:
+        suites = list(SUITES)
+    if unknown := [s for s in suites if s not in SUITES]:
+        fail(f"SUITE must be all or one of {', '.join(SUITES)}, got {', '.join(unknown)}")
+    where = get_device(device)
+    if threads:
+        torch.set_num_threads(threads)
+    if quick:
+        batch, length = min(batch, 2), min(length, 16)
+    console = make_console()
+    bad: list[str] = []
+    for suite in suites:
+        file, picture = (target(p, suite, s, len(suites) > 1) for p, s in ((json, ".json"), (plot, ".png")))
+        if suite == "memory":
+            names = names_of(bench_layer.TRAIN_NAMES, against)
+            result = bench_memory.run_suite(where, names, console, quick, only)
+            _finish(result, file, picture)
+            continue
+        try:
+            lines = [line for line in lines_of(suite, where, quick, model, layers, batch, length) if only in line.label]
+        except ValueError as e:
+            fail(str(e))
+        effort = QUICK if quick else MODEL_EFFORT if suite in MODEL_SUITES else Effort(seconds)
+        names = names_of([n for line in lines for n in line.names], against)
+        result = run_suite(suite, lines, where, names, effort, console, quick)
+        bad += [f"{suite} {line}" for line in wrong_lines(result)]
+        _finish(result, file, picture)
+    if bad:
+        fail("lora_kernels is wrong on " + "; ".join(bad))
+
+
+def _finish(result: dict[str, Any], file: Path | None, picture: Path | None) -> None:
+    if file:
+        write_json(file, result)
+    if picture:
+        draw(result, picture)
+
+
+MODEL_EFFORT = Effort(10.0, 5, 9, 1.0)
+"""A step takes seconds: few rounds, one step each."""
+
+
+@app.callback()
+def main() -> None:
+    """Benchmarks of lora_kernels, side by side with what one would use instead."""

@@ -1,0 +1,228 @@
+"""Timing, ceilings and the description of the machine.  Knows nothing of what is timed."""
+
+from __future__ import annotations
+
+import datetime
+import gc
+import importlib.metadata
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+Run = Callable[[int], object]
+"""Computes once, on the i-th copy of the data."""
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long one line is measured.
+
+    Attributes:
+        seconds: wall clock a contender gets, at least.
+        min_rounds, max_rounds: bounds on the number of rounds.
+        round_ms: a contender is called often enough in a round to take this long.
+    """
+
+    seconds: float = 1.0
+    min_rounds: int = 9
+    max_rounds: int = 51
+    round_ms: float = 10.0
+
+
+QUICK = Effort(0.05, 3, 3, 1.0)
+
+
+@dataclass(frozen=True)
+class Quartiles:
+    q1: float
+    median: float
+    q3: float
+
+    @classmethod
+    def of(cls, values: list[float]) -> Quartiles:
+        if len(values) < 2:
+            return cls(*values * 3)
+        return cls(*statistics.quantiles(values, n=4, method="inclusive"))
+
+
+def ratio(theirs: list[float], ours: list[float]) -> Quartiles:
+    """Quartiles over rounds of their time over ours in the same round."""
+    return Quartiles.of([a / b for a, b in zip(theirs, ours, strict=True)])
+
+
+# ---- time
+
+
+def interleave(runs: dict[str, Run], device: torch.device, effort: Effort) -> dict[str, list[float]]:
+    """Seconds of one call of each contender, one number a round."""
+    timer = _cuda_timer(device) if device.type == "cuda" else _cpu_timer
+    calls, position = {}, dict.fromkeys(runs, 0)
+    for name, run in runs.items():  # warm-up, and the number of calls in a round
+        timer(run, 0, 1)
+        once = timer(run, 1, 1)
+        position[name] = 2
+        calls[name] = max(1, min(1000, round(effort.round_ms / 1e3 / max(once, 1e-7))))
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    gc.collect()
+    gc.disable()
+    try:
+        end = time.perf_counter() + effort.seconds * len(runs)
+        rounds = 0
+        while rounds < effort.min_rounds or (rounds < effort.max_rounds and time.perf_counter() < end):
+            for name in list(runs) if rounds % 2 == 0 else reversed(runs):
+                times[name].append(timer(runs[name], position[name], calls[name]))
+                position[name] += calls[name]
+            rounds += 1
+    finally:
+        gc.enable()
+    return times
+
+
+def _cpu_timer(run: Run, first: int, calls: int) -> float:
+    start = time.perf_counter()
+    for i in range(first, first + calls):
+        run(i)
+    return (time.perf_counter() - start) / calls
+
+
+def _cuda_timer(device: torch.device) -> Callable[[Run, int, int], float]:
+    flush = torch.empty(max(2 * cache_bytes(device), 1 << 28), dtype=torch.uint8, device=device)
+
+    def timer(run: Run, first: int, calls: int) -> float:
+        events = []
+        for i in range(first, first + min(calls, 20)):
+            if not isinstance(run, Graph):
+                flush.zero_()  # also gives the host a head start, so that launches of a fast op do not queue up behind it
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            run(i)
+            end.record()
+            events.append((start, end))
+        torch.cuda.synchronize(device)
+        per_event = run.calls if isinstance(run, Graph) else 1
+        return statistics.median(start.elapsed_time(end) for start, end in events) / 1e3 / per_event
+
+    return timer
+
+
+class Graph:
+    """A CUDA graph of one call for each copy of the data, so that a replay finds no weight in the cache."""
+
+    def __init__(self, run: Run, copies: int) -> None:
+        self.calls = max(copies, 1)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for i in range(min(self.calls, 3)):
+                run(i)
+        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.synchronize()
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            for i in range(self.calls):
+                run(i)
+
+    def __call__(self, i: int) -> None:
+        self.graph.replay()
+
+
+# ---- the machine
+
+
+def cache_bytes(device: torch.device) -> int:
+    """Bytes of the last-level cache; 64 MiB where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    sizes = []
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = path.read_text().strip()
+        sizes.append(int(text[:-1]) * {"K": 1 << 10, "M": 1 << 20}[text[-1]] if text[-1] in "KM" else int(text))
+    return max(sizes, default=64 << 20)
+
+
+def copies_of(nbytes: int, device: torch.device, most: int = 256) -> int:
+    """Copies of a weight of `nbytes` that exceed three times the last-level cache, `most` at most."""
+    return min(most, max(1, -(3 * cache_bytes(device) // -nbytes)))
+
+
+@dataclass(frozen=True)
+class Ceiling:
+    """What the library reaches in this run.
+
+    Attributes:
+        copy: bytes/s read and written by `Tensor.copy_` of a buffer larger than the cache.
+        gemm: operations/s of a bf16 matrix product.
+        gemm_size: its M = N = K.
+    """
+
+    copy: float
+    gemm: float
+    gemm_size: int
+
+    def seconds(self, nbytes: float, flops: float) -> float:
+        return max(nbytes / self.copy, flops / self.gemm)
+
+
+def ceiling(device: torch.device, quick: bool = False) -> Ceiling:
+    gpu = device.type == "cuda"
+    nbytes = 1 << (30 if gpu else 24 if quick else 28)
+    size = 8192 if gpu else 256 if quick else 2048
+    a, b = (torch.ones(nbytes, dtype=torch.uint8, device=device) for _ in range(2))
+    x, w = (torch.randn(size, size, dtype=torch.bfloat16, device=device) for _ in range(2))
+    times = interleave(
+        {"copy": lambda i: b.copy_(a), "gemm": lambda i: torch.nn.functional.linear(x, w)},
+        device,
+        QUICK if quick else Effort(0.5, 5, 31),
+    )
+    copy, gemm = (statistics.median(times[n]) for n in ("copy", "gemm"))
+    return Ceiling(2 * nbytes / copy, 2 * size**3 / gemm, size)
+
+
+PACKAGES = ("torch", "triton", "bitsandbytes", "peft", "transformers", "torchao", "unsloth")
+
+
+def environment(device: torch.device) -> dict[str, object]:
+    """Everything that a result depends on and that the code does not say."""
+    from lora_kernels import __version__, backends
+
+    versions: dict[str, str | None] = {"lora_kernels": __version__, "python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    info: dict[str, object] = {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if device.type == "cuda" else None,
+        "backend": backends.pick(device).__name__.removeprefix("lora_kernels.backends."),
+        "threads": torch.get_num_threads(),
+        "cache_bytes": cache_bytes(device),
+        "versions": versions,
+        "commit": _output("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+    if device.type == "cpu":
+        info["isa"] = torch.backends.cpu.get_cpu_capability()
+    return info
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _output(*command: str) -> str | None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None

@@ -1,0 +1,128 @@
+"""Unsloth's and LoRAFusion's kernels, imported without the training stacks around them.
+
+Both are repositories that expect much else to be installed at import.  What their kernel files import and do not need for one
+linear layer (device detection, fp8 kernels, loggers, their own benchmarks) is replaced by stand-ins during the import; the
+kernels themselves are untouched.
+
+    UNSLOTH_PATH      a checkout of unsloth (the folder that holds unsloth/); default: the installed package
+    LORAFUSION_PATH   a checkout of LoRAFusion (the folder that holds lorafusion/)
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.machinery
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Unusable(Exception):
+    """The message says why."""
+
+
+class _Stub(ModuleType):
+    """A module in which every name is a function that does nothing, unless it is given."""
+
+    def __init__(self, name: str, path: Path | None = None, **names: Any) -> None:
+        super().__init__(name)
+        self.__spec__ = importlib.machinery.ModuleSpec(name, None, is_package=path is not None)
+        if path is not None:
+            self.__path__ = [str(path)]
+        self.__dict__.update(names)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return lambda *args, **kwargs: None
+
+
+@contextmanager
+def _in_place_of(*stubs: _Stub) -> Iterator[None]:
+    before = {stub.__name__: sys.modules.get(stub.__name__) for stub in stubs}
+    sys.modules.update({stub.__name__: stub for stub in stubs})
+    try:
+        yield
+    finally:
+        for name, module in before.items():
+            if module is None:
+                sys.modules.pop(name, None)
+            else:
+                sys.modules[name] = module
+
+
+def _root(variable: str, package: str) -> Path:
+    """The folder of a package, found without importing it."""
+    if path := os.environ.get(variable):
+        folder = Path(path) / package
+        if not folder.is_dir():
+            raise Unusable(f"{variable}={path} holds no folder {package}")
+        return folder
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise Unusable(f"not installed (or set {variable} to a checkout)")
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+def _import(what: str, name: str, stubs: list[_Stub]) -> ModuleType:
+    try:
+        with _in_place_of(*stubs):
+            return importlib.import_module(name)
+    except Exception as e:  # whatever their import does without a GPU or a dependency
+        raise Unusable(f"{what} can't be imported: {type(e).__name__}: {e}") from None
+
+
+@functools.cache
+def unsloth() -> ModuleType:
+    """`unsloth.kernels.fast_lora`, which also holds `fast_dequantize` and `matmul_lora`."""
+    root = _root("UNSLOTH_PATH", "unsloth")
+    if not torch.cuda.is_available():
+        raise Unusable("runs on a GPU only")
+    try:
+        from packaging.version import Version
+    except ImportError:
+        raise Unusable("needs the package packaging") from None
+    kind = "hip" if torch.version.hip else "cuda"
+    stubs = [
+        _Stub("unsloth", root),
+        _Stub("unsloth.kernels", root / "kernels"),
+        _Stub(
+            "unsloth.device_type",
+            is_hip=lambda: kind == "hip",
+            get_device_type=lambda: kind,
+            DEVICE_TYPE=kind,
+            DEVICE_TYPE_TORCH="cuda",
+            DEVICE_COUNT=torch.cuda.device_count(),
+            ALLOW_PREQUANTIZED_MODELS=True,
+        ),
+        _Stub("unsloth.bnb_availability", native_kernels_ready=lambda *args: True),
+        _Stub("unsloth.kernels.fp8"),
+        _Stub("unsloth_zoo", root),
+        _Stub("unsloth_zoo.utils", Version=lambda v: Version(str(v))),
+    ]
+    return _import("unsloth", "unsloth.kernels.fast_lora", stubs)
+
+
+@functools.cache
+def lorafusion() -> Callable[..., Tensor]:
+    """`fused_linear_lora(x [1, M, K], W, A, B, alpha, seed, dropout_p)`."""
+    root = _root("LORAFUSION_PATH", "lorafusion")
+    if not torch.cuda.is_available():
+        raise Unusable("runs on a GPU only")
+    stubs = [
+        _Stub("lorafusion", root),
+        _Stub("lorafusion.utils.benchmark"),
+        _Stub("lorafusion.utils.testing"),
+    ]
+    if importlib.util.find_spec("loguru") is None:
+        stubs.append(_Stub("loguru", logger=_Stub("logger")))
+    return _import("LoRAFusion", "lorafusion.ops.lora_v1", stubs).fused_linear_lora

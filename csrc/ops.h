@@ -1,0 +1,70 @@
+// Every native op, declared once: plain pointers, row-major contiguous.  M tokens, N outputs, K inputs, r the adapter's rank.
+#pragma once
+#include <cstdint>
+
+namespace lora_kernels {
+
+enum class DType { f32, f16, bf16 };
+enum class QuantType { nf4, fp4 };
+
+inline int64_t itemsize(DType t) { return t == DType::f32 ? 4 : 2; }
+
+// A dense tensor whose dtype is known at run time.
+struct Dense {
+  const void* data;  // null where an optional argument is absent
+  DType dtype;
+};
+
+// A 4-bit weight as bitsandbytes stores it; blocks run over the flattened [N, K].
+struct Weight {
+  const uint8_t* packed;     // [ceil(numel / 2)]
+  const float* absmax;       // [n_blocks], or null when double-quantized
+  const uint8_t* absmax_u8;  // [n_blocks] indices into code2, or null
+  const float* absmax2;      // [ceil(n_blocks / 256)]
+  const float* code2;        // [256]
+  float offset;
+  int64_t N, K;       // for the linear ops; elsewhere N = 1 and K = numel
+  int64_t blocksize;  // a power of two, 32 to 4096
+  QuantType quant_type;
+
+  int64_t numel() const { return N * K; }
+  int64_t n_blocks() const { return (numel() + blocksize - 1) / blocksize; }
+};
+
+struct Adapter {
+  Dense A;    // [r, K]
+  Dense B;    // [N, r]
+  int64_t r;  // 0 without adapter
+  float scaling;
+  double dropout_p;
+  uint64_t seed;
+};
+
+namespace cpu {
+
+// weight [numel] -> packed [ceil(numel / 2)], absmax [n_blocks].  Returns false, with the outputs unspecified, if the weight
+// holds NaN or infinity.
+bool quantize(Dense weight, int64_t numel, QuantType quant_type, int64_t blocksize, uint8_t* packed, float* absmax);
+
+// absmax [n_blocks] - offset -> absmax_u8 [n_blocks] indices into code2 [256], absmax2 [ceil(n_blocks / 256)].
+void quantize_absmax(const float* absmax, int64_t n_blocks, float offset, const float* code2, uint8_t* absmax_u8,
+                     float* absmax2);
+
+// out [n_blocks] = code2[absmax_u8] * absmax2, rounded, + offset, rounded.
+void decode_absmax(const Weight& weight, float* out);
+
+// out [numel] = code * absmax, rounded once to dtype.
+void dequantize(const Weight& weight, DType dtype, void* out);
+
+// x [M, K] -> y [M, N] = x W^T + s h B^T + bias,  h [M, r] = dropout(x) A^T, all of `dtype`; bias [N].
+void qlora_linear(DType dtype, int64_t M, const void* x, const Weight& weight, const Adapter& adapter, Dense bias, void* y,
+                  void* h);
+
+// dy [M, N], x [M, K], h [M, r] of `dtype`.  Outputs that are null are not computed; with g = dy B [M, r]:
+//   dx [M, K] of `dtype` = dy W + dropout(s g A)    dA [r, K] of A's dtype = s g^T dropout(x)
+//   dB [N, r] of B's dtype = s dy^T h               dbias [N] float32 = sum of dy over M
+void qlora_linear_backward(DType dtype, int64_t M, const void* dy, const void* x, const void* h, const Weight& weight,
+                           const Adapter& adapter, void* dx, void* dA, void* dB, float* dbias);
+
+}  // namespace cpu
+}  // namespace lora_kernels

@@ -1,0 +1,40 @@
+"""Every op in fused Triton kernels, for NVIDIA GPUs from sm_80 on, and for AMD GPUs where Triton runs.
+
+With TRITON_INTERPRET=1 set before Triton is first imported, the same kernels run on the CPU in Triton's interpreter: slow, for
+tests.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+
+MINIMUM_CAPABILITY = (8, 0)
+
+if importlib.util.find_spec("triton") is not None:
+    from .decode_absmax import decode_absmax
+    from .dequantize import dequantize
+    from .qlora_linear import qlora_linear
+    from .qlora_linear_backward import qlora_linear_backward
+    from .quantize import quantize
+
+    __all__ = ["decode_absmax", "dequantize", "qlora_linear", "qlora_linear_backward", "quantize", "unavailable"]
+else:
+    __all__ = ["unavailable"]
+
+
+def unavailable(device: torch.device) -> str | None:
+    """Why the kernels can't run on `device`, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed: pip install triton (Linux)"
+    from .tiles import INTERPRET
+
+    if INTERPRET.value:
+        return None if device.type in ("cpu", "cuda") else f"Triton's interpreter has no {device.type} tensors"
+    if device.type != "cuda":
+        return "Triton runs on CUDA devices; set TRITON_INTERPRET=1 before Triton is imported to run its interpreter on the CPU"
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < MINIMUM_CAPABILITY:
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"the Triton kernels need compute capability 8.0 or newer, this GPU has {major}.{minor}"
+    return None

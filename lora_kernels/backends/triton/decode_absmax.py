@@ -1,0 +1,29 @@
+"""Double-quantized scales -> float32: `code2[absmax] * absmax2`, rounded, `+ offset`, rounded; one launch."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import arch_of, cdiv, has_ptx, launch, on
+from .settings import pick_config
+from .tiles import load_absmax
+
+
+@triton.jit
+def decode_scales(absmax, code2, absmax2, offset, out, count, BLOCK: tl.constexpr, PTX: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < count
+    value = load_absmax(absmax, code2, absmax2, offset, tl.where(inside, i, 0), True, PTX)
+    tl.store(out + i, value, mask=inside)
+
+
+def decode_absmax(absmax: Tensor, absmax2: Tensor, code2: Tensor, offset: Tensor) -> Tensor:
+    out = torch.empty_like(absmax, dtype=torch.float32)
+    config = pick_config("decode_absmax", 0, 1, absmax.numel(), 0, arch_of(absmax.device))
+    with on(absmax.device):
+        flags = {"BLOCK": config.block_n, "PTX": has_ptx()}
+        launch(decode_scales, (cdiv(out.numel(), config.block_n),), (absmax, code2, absmax2, offset, out, out.numel()), flags, config)
+    return out

@@ -1,0 +1,118 @@
+"""4-bit codes -> float32, float16 or bfloat16, double-quantized scales decoded in registers: one launch, one rounding."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...formats import QuantizedWeight
+from .launch import arch_of, cdiv, constant, group_of, has_ptx, launch, on, weight_args, weight_meta
+from .settings import pick_config
+from .tiles import cast, decode, load_absmax
+
+
+@triton.jit
+def dequantize_groups(
+    packed,
+    absmax,
+    code2,
+    absmax2,
+    offset,
+    lut,
+    out,
+    first,
+    count,
+    cols,
+    row_groups,
+    N_GROUPS: tl.constexpr,
+    GROUP: tl.constexpr,
+    SHIFT: tl.constexpr,
+    STRIP: tl.constexpr,
+    NESTED: tl.constexpr,
+    NF4: tl.constexpr,
+    PTX: tl.constexpr,
+):
+    """`count` groups of GROUP elements from group `first` on, a thread decoding 16 bytes; STRIP: the first `cols` groups of
+    each run of `row_groups` (a range of columns)."""
+    e = tl.program_id(0) * N_GROUPS + tl.arange(0, N_GROUPS)
+    inside = e < count
+    e = tl.where(inside, e, 0)
+    group = first + e
+    if STRIP:
+        group = first + e // cols * row_groups + e % cols
+    words = packed.to(tl.pointer_type(tl.int32), bitcast=True)
+    W: tl.constexpr = GROUP // 8
+    q = tl.load(words + group[:, None].to(tl.int64) * W + tl.arange(0, W)[None, :])
+    s = load_absmax(absmax, code2, absmax2, offset, group >> SHIFT, NESTED, PTX)[:, None]
+    w = decode(q, s, lut, N_GROUPS, W, out.dtype.element_ty, NF4, PTX)
+    tl.store(out + e[:, None].to(tl.int64) * GROUP + tl.arange(0, GROUP)[None, :], w, mask=inside[:, None])
+
+
+@triton.jit
+def dequantize_elements(
+    packed,
+    absmax,
+    code2,
+    absmax2,
+    offset,
+    lut,
+    out,
+    first,
+    count,
+    cols,
+    row_elements,
+    BLOCK: tl.constexpr,
+    BLOCKSIZE: tl.constexpr,
+    NESTED: tl.constexpr,
+    PTX: tl.constexpr,
+):
+    """Any elements, one by one: rows that start inside a byte or a block, a last byte that holds one code."""
+    e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = e < count
+    e = tl.where(inside, e, 0)
+    i = first + e // cols * row_elements + e % cols
+    byte = tl.load(packed + i // 2).to(tl.int32)
+    code = tl.where(i % 2 == 0, byte >> 4, byte & 15)
+    s = load_absmax(absmax, code2, absmax2, offset, (i // BLOCKSIZE).to(tl.int32), NESTED, PTX)
+    tl.store(out + e, cast(tl.load(lut + code) * s, out.dtype.element_ty), mask=inside)
+
+
+def dequantize(qw: QuantizedWeight, dtype: torch.dtype) -> Tensor:
+    """`[*shape]` in `dtype`."""
+    out = torch.empty(qw.shape, dtype=dtype, device=qw.device)
+    with on(qw.device):
+        _launch(qw, out, 0, qw.numel, qw.numel)
+    return out
+
+
+def decode_panel(qw: QuantizedWeight, dtype: torch.dtype, rows: range, cols: range) -> Tensor:
+    """`W[rows, cols]` in `dtype`, contiguous, for a weight `[N, K]`."""
+    K = qw.shape[1]
+    out = torch.empty(len(rows), len(cols), dtype=dtype, device=qw.device)
+    first = rows.start * K + cols.start
+    if len(cols) == K:
+        _launch(qw, out, first, out.numel(), out.numel())
+    else:
+        _launch(qw, out, first, len(cols), K)
+    return out
+
+
+def _launch(qw: QuantizedWeight, out: Tensor, first: int, cols: int, stride: int) -> None:
+    """Decodes to `out` the first `cols` elements of each run of `stride`, from element `first` on."""
+    count, strip = out.numel(), cols != out.numel()
+    config = pick_config("dequantize", 0, 1, count, 0, arch_of(qw.device))
+    args = weight_args(qw, out.dtype)
+    group = group_of(qw, math.gcd(first, count, cols, stride if strip else 0))
+    if group:
+        n = config.block_n // group
+        flags = {"N_GROUPS": n, "STRIP": strip, **weight_meta(qw, group)}
+        sizes = first // group, count // group, cols // group, stride // group
+        launch(dequantize_groups, (cdiv(count // group, n),), (*args, out, *sizes), flags, config)
+    else:
+        args = (*args[:5], constant(qw.quant_type, qw.device))
+        flags = {"BLOCK": config.block_n, "BLOCKSIZE": qw.blocksize, "NESTED": qw.double_quant, "PTX": has_ptx()}
+        launch(dequantize_elements, (cdiv(count, config.block_n),), (*args, out, first, count, cols, stride), flags, config)

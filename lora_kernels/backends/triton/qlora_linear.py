@@ -1,0 +1,325 @@
+"""`y = x Wᵀ + s h Bᵀ + bias` and `h = dropout(x) Aᵀ`, by the number of rows of `x` (see `settings`).
+
+- small: one launch; W is the left operand (acc `[N, M]`, so that 16 rows of x do not pad a 64-row tile), K is split between
+  programs, the last to arrive at a tile adds the partials in order.
+- fused: W is decoded in the main loop; the adapter's product seeds the accumulator, so the epilogue is a plain store.
+- panel: W is decoded to memory, at most `MAX_PANEL_BYTES` at a time; the adapter's product and the bias seed `y`, and the
+  library's GEMM accumulates onto it.  It takes every shape: the fallback where the weight has no aligned groups.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...formats import QuantizedWeight
+from .adapter import expand, low_rank, project
+from .dequantize import decode_panel
+from .launch import arch_of, cdiv, group_of, launch, on, rank_block, weight_args, weight_meta
+from .settings import MAX_PANEL_BYTES, Config, pick_config
+from .tiles import cast, dot, last_arrival, load_weight, shuffle_k, swizzle, to_float
+from .workspace import counters
+
+
+@triton.jit(do_not_specialize=["M", "split"])
+def linear_small(
+    packed,
+    absmax,
+    code2,
+    absmax2,
+    offset,
+    lut,
+    x,
+    A,
+    B,
+    bias,
+    h,
+    h_partial,
+    y,
+    partial,
+    counter,
+    scaling,
+    M,
+    N,
+    K,
+    r,
+    split,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    R: tl.constexpr,
+    SPLIT: tl.constexpr,
+    FUSE_H: tl.constexpr,
+    LORA: tl.constexpr,
+    BIAS: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    SHUFFLE: tl.constexpr,
+    WORD4: tl.constexpr,
+    GROUP: tl.constexpr,
+    SHIFT: tl.constexpr,
+    NESTED: tl.constexpr,
+    NF4: tl.constexpr,
+    PTX: tl.constexpr,
+):
+    """M <= BLOCK_M.  FUSE_H: each program multiplies its part of h (linear in K) by B, so no program waits for another."""
+    DT: tl.constexpr = x.dtype.element_ty
+    pn = tl.program_id(0)
+    pk = tl.program_id(1)
+    rm = tl.arange(0, BLOCK_M)
+    rn = pn * BLOCK_N + tl.arange(0, BLOCK_N)
+    rr = tl.arange(0, R)
+    mm = rm < M
+    mn = rn < N
+    mr = rr < r
+    rows = tl.where(mn, rn, 0)
+    chunk = tl.cdiv(tl.cdiv(K, BLOCK_K), split) * BLOCK_K
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    part_h = tl.zeros((BLOCK_M, R), tl.float32)
+    for k in range(pk * chunk, tl.minimum((pk + 1) * chunk, K), BLOCK_K):
+        col = k
+        if not EVEN_K:  # the last step starts earlier and skips what was done
+            col = tl.minimum(k, K - BLOCK_K)
+        rk = col + tl.arange(0, BLOCK_K)
+        mx = mm[:, None]
+        if not EVEN_K:
+            mx = mx & (rk >= k)[None, :]
+        a = tl.load(x + rm[:, None] * K + rk[None, :], mask=mx, other=0.0)
+        w = load_weight(
+            packed, absmax, code2, absmax2, offset, lut, rows, col, K,
+            BLOCK_N, BLOCK_K, DT, GROUP, SHIFT, NESTED, NF4, WORD4, PTX,
+        )  # fmt: skip
+        if SHUFFLE:
+            acc = dot(shuffle_k(w, BLOCK_N, BLOCK_K), shuffle_k(a, BLOCK_M, BLOCK_K).T, acc)
+        else:
+            acc = dot(w, a.T, acc)
+        if FUSE_H:
+            f = tl.load(A + rr[:, None] * K + rk[None, :], mask=mr[:, None], other=0.0)
+            part_h = dot(a, cast(f, DT).T, part_h)
+    if FUSE_H:
+        b = cast(tl.load(B + rows[:, None] * r + rr[None, :], mask=mr[None, :], other=0.0), DT)
+        acc += dot(b, cast(part_h, DT).T, tl.zeros((BLOCK_N, BLOCK_M), tl.float32)) * scaling
+    elif LORA and pk == 0:
+        term = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+        for first in tl.range(0, r, R, num_stages=1):
+            rf = first + tl.arange(0, R)
+            b = tl.load(B + rows[:, None] * r + rf[None, :], mask=(rf < r)[None, :], other=0.0)
+            t = tl.load(h + rm[:, None] * r + rf[None, :], mask=mm[:, None] & (rf < r)[None, :], other=0.0)
+            term = dot(cast(b, DT), t.T, term)
+        acc += term * scaling
+    if BIAS and pk == 0:
+        acc += to_float(tl.load(bias + rows))[:, None]
+    inside = mn[:, None] & mm[None, :]
+    at = rm[None, :] * N + rn[:, None]
+    at_h = rm[:, None] * r + rr[None, :]
+    inside_h = mm[:, None] & mr[None, :]
+    if not SPLIT:
+        tl.store(y + at, cast(acc, DT), mask=inside)
+        if FUSE_H and pn == 0:
+            tl.store(h + at_h, cast(part_h, DT), mask=inside_h)
+    else:
+        tl.store(partial + pk * M * N + at, acc, mask=inside)
+        if FUSE_H and pn == 0:
+            tl.store(h_partial + pk * M * r + at_h, part_h, mask=inside_h)
+        if last_arrival(counter + pn, split):
+            total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+            for i in range(split):
+                total += tl.load(partial + i * M * N + at, mask=inside, other=0.0, cache_modifier=".cg")
+            tl.store(y + at, cast(total, DT), mask=inside)
+            if FUSE_H and pn == 0:
+                total_h = tl.zeros((BLOCK_M, R), tl.float32)
+                for i in range(split):
+                    total_h += tl.load(h_partial + i * M * r + at_h, mask=inside_h, other=0.0, cache_modifier=".cg")
+                tl.store(h + at_h, cast(total_h, DT), mask=inside_h)
+
+
+@triton.jit(do_not_specialize=["M"])
+def linear_fused(
+    packed,
+    absmax,
+    code2,
+    absmax2,
+    offset,
+    lut,
+    x,
+    h,
+    B,
+    bias,
+    y,
+    scaling,
+    M,
+    N,
+    K,
+    r,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    R: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    LORA: tl.constexpr,
+    BIAS: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    SHIFT: tl.constexpr,
+    NESTED: tl.constexpr,
+    NF4: tl.constexpr,
+    PTX: tl.constexpr,
+):
+    DT: tl.constexpr = x.dtype.element_ty
+    pm, pn = swizzle(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
+    rm = pm * BLOCK_M + tl.arange(0, BLOCK_M)
+    rn = pn * BLOCK_N + tl.arange(0, BLOCK_N)
+    mm = rm < M
+    mn = rn < N
+    rows = tl.where(mm, rm, 0).to(tl.int64)
+    outs = tl.where(mn, rn, 0)
+    x_tile = x + pm.to(tl.int64) * BLOCK_M * K  # offsets inside the tile fit in 32 bits, half the instructions
+    local = tl.where(mm, tl.arange(0, BLOCK_M), 0)
+    if LORA:
+        acc = low_rank(h, B, rows, outs, mn, N, r, BLOCK_M, BLOCK_N, R, True, DT) * scaling
+    else:
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if BIAS:
+        acc += to_float(tl.load(bias + outs))[None, :]
+    for k in range(0, K, BLOCK_K):
+        col = k
+        if EVEN_K:
+            a = tl.load(x_tile + local[:, None] * K + (k + tl.arange(0, BLOCK_K))[None, :])
+        else:  # the last step starts earlier and skips what was done
+            col = tl.minimum(k, K - BLOCK_K)
+            rk = col + tl.arange(0, BLOCK_K)
+            a = tl.load(x_tile + local[:, None] * K + rk[None, :], mask=(rk >= k)[None, :], other=0.0)
+        w = load_weight(
+            packed, absmax, code2, absmax2, offset, lut, outs, col, K,
+            BLOCK_N, BLOCK_K, DT, GROUP, SHIFT, NESTED, NF4, False, PTX,
+        )  # fmt: skip
+        acc = dot(a, w.T, acc)
+    tl.store(y + rows[:, None] * N + rn[None, :], cast(acc, DT), mask=mm[:, None] & mn[None, :])
+
+
+# ---- launchers
+
+
+def qlora_linear(
+    x: Tensor,
+    qw: QuantizedWeight,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    scaling: float,
+    bias: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """`y [M, N]` and `h [M, r]`, both in x.dtype."""
+    N, K = qw.shape
+    M, r = x.shape[0], 0 if lora_A is None else lora_A.shape[0]
+    config = pick_config("qlora_linear", M, N, K, r, arch_of(x.device))
+    config = usable(config, qw, K, K, config.block_k, x)
+    with on(x.device):
+        if M == 0:
+            return x.new_empty(0, N), x.new_empty(0, r)
+        if config.path == "small":
+            return _small(x, qw, lora_A, lora_B, scaling, bias, dropout_p, seed, config)
+        h = x.new_empty(M, 0) if lora_A is None else project(x, lora_A, dropout_p, seed)
+        linear = _fused if config.path == "fused" else _panel
+        return linear(x, h, qw, lora_B, scaling, bias, config), h
+
+
+def usable(config: Config, qw: QuantizedWeight, multiple: int, columns: int, tile: int, x: Tensor) -> Config:
+    """`config`, or the panel path where W has no aligned groups along `multiple`, or `columns` do not fill a `tile`, or
+    products are float32, which has no tensor cores to feed."""
+    fits = group_of(qw, multiple) and columns >= tile and x.dtype != torch.float32
+    return config if fits else Config("panel")
+
+
+def _small(
+    x: Tensor,
+    qw: QuantizedWeight,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    scaling: float,
+    bias: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+    config: Config,
+) -> tuple[Tensor, Tensor]:
+    N, K = qw.shape
+    M, r = x.shape[0], 0 if lora_A is None else lora_A.shape[0]
+    fuse_h = config.fuse_h and lora_A is not None and not dropout_p
+    if lora_A is None or fuse_h:
+        h = x.new_empty(M, r)
+    else:
+        h = project(x, lora_A, dropout_p, seed)
+    y, split, grid = x.new_empty(M, N), config.split, (cdiv(N, config.block_n), config.split)
+    partial = h_partial = counter = None
+    if split > 1:
+        partial, counter = x.new_empty(split, M, N, dtype=torch.float32), counters(x.device, grid[0])
+        h_partial = x.new_empty(split, M, r, dtype=torch.float32) if fuse_h else None
+    group = group_of(qw, K)
+    even = K % config.block_k == 0
+    flags = {
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "R": rank_block(max(r, 1), 64),
+        "SPLIT": split > 1,
+        "FUSE_H": fuse_h,
+        "LORA": lora_A is not None,
+        "BIAS": bias is not None,
+        "EVEN_K": even,
+        "SHUFFLE": config.shuffle,
+        "WORD4": config.block_k == 256 and group == 64 and qw.blocksize == 64 and even and qw.absmax.data_ptr() % 16 == 0,
+    }
+    args = (x, lora_A if fuse_h else None, lora_B, bias, h, h_partial, y, partial, counter, scaling, M, N, K, r, split)
+    launch(linear_small, grid, (*weight_args(qw, x.dtype), *args), flags | weight_meta(qw, group), config)
+    return y, h
+
+
+def _fused(
+    x: Tensor, h: Tensor, qw: QuantizedWeight, lora_B: Tensor | None, scaling: float, bias: Tensor | None, config: Config
+) -> Tensor:
+    N, K = qw.shape
+    M, r = x.shape[0], h.shape[1]
+    y = x.new_empty(M, N)
+    flags = {
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "R": rank_block(max(r, 1), 64),
+        "GROUP_M": config.group,
+        "LORA": lora_B is not None,
+        "BIAS": bias is not None,
+        "EVEN_K": K % config.block_k == 0,
+    }
+    grid = (cdiv(M, config.block_m) * cdiv(N, config.block_n),)
+    args = (*weight_args(qw, x.dtype), x, h, lora_B, bias, y, scaling, M, N, K, r)
+    launch(linear_fused, grid, args, flags | weight_meta(qw, group_of(qw, K)), config)
+    return y
+
+
+def _panel(
+    x: Tensor, h: Tensor, qw: QuantizedWeight, lora_B: Tensor | None, scaling: float, bias: Tensor | None, config: Config
+) -> Tensor:
+    N, K = qw.shape
+    seeded = lora_B is not None
+    y = expand(h, lora_B, True, scaling, bias, 0.0, None) if lora_B is not None else x.new_empty(x.shape[0], N)
+    for rows in slices(N, K * x.itemsize):
+        w = decode_panel(qw, x.dtype, rows, range(K))
+        out = y[:, rows.start : rows.stop]
+        if seeded:
+            out.addmm_(x, w.T)
+        elif bias is not None:
+            torch.addmm(bias[rows.start : rows.stop].to(x.dtype), x, w.T, out=out)
+        else:
+            torch.mm(x, w.T, out=out)
+    return y
+
+
+def slices(n: int, bytes_each: int, align: int = 256) -> list[range]:
+    """`range(n)` in equal slices of at most `MAX_PANEL_BYTES`, cut at multiples of `align` where that is possible."""
+    most = max(1, MAX_PANEL_BYTES // bytes_each)
+    size = cdiv(n, cdiv(n, most))
+    if size < n and most >= align:
+        size = min(cdiv(size, align) * align, most // align * align)
+    return [range(i, min(i + size, n)) for i in range(0, n, size)]

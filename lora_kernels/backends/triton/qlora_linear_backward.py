@@ -1,0 +1,175 @@
+"""The gradients of `qlora_linear`: with `g = dy B`, `dx = dy W + dropout(s g A)`, `dA = s gᵀ dropout(x)`, `dB = s dyᵀ h`,
+`dbias = sum dy`.
+
+`g`, `dB` and `dbias` come from one read of `dy`, `dA` from one read of `x`.  For dx, W is either decoded in the main loop, as
+stored, not transposed, or to memory in strips of columns, so that each strip is summed over all of N at once and rounded once.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...formats import QuantizedWeight
+from .adapter import expand, keep_args, low_rank, read
+from .dequantize import decode_panel
+from .launch import arch_of, cdiv, group_of, launch, on, rank_block, weight_args, weight_meta
+from .qlora_linear import slices, usable
+from .settings import Config, pick_config
+from .tiles import cast, dot, kept, load_weight, swizzle
+
+
+@triton.jit(do_not_specialize=["M", "threshold"])
+def dx_fused(
+    packed,
+    absmax,
+    code2,
+    absmax2,
+    offset,
+    lut,
+    dy,
+    g,
+    A,
+    dx,
+    seed,
+    threshold,
+    scale,
+    M,
+    N,
+    K,
+    r,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    R: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    LORA: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    QUAD: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    GROUP: tl.constexpr,
+    SHIFT: tl.constexpr,
+    NESTED: tl.constexpr,
+    NF4: tl.constexpr,
+    PTX: tl.constexpr,
+):
+    """Tile `[BLOCK_M, BLOCK_K]` of dx, summed over N in steps of BLOCK_N."""
+    DT: tl.constexpr = dy.dtype.element_ty
+    pm, pk = swizzle(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_K), GROUP_M)
+    rm = pm * BLOCK_M + tl.arange(0, BLOCK_M)
+    mm = rm < M
+    rows = tl.where(mm, rm, 0).to(tl.int64)
+    col = tl.minimum(pk * BLOCK_K, K - BLOCK_K)  # the last tile starts earlier and stores what is its own
+    rk = col + tl.arange(0, BLOCK_K)
+    dy_tile = dy + pm.to(tl.int64) * BLOCK_M * N
+    local = tl.where(mm, tl.arange(0, BLOCK_M), 0)
+    if LORA:
+        acc = low_rank(g, A, rows, rk, rk < K, K, r, BLOCK_M, BLOCK_K, R, False, DT) * scale
+        if DROPOUT:
+            acc = tl.where(kept(seed, threshold, rows, col, K, BLOCK_M, BLOCK_K, QUAD), acc, 0.0)
+    else:
+        acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+    for n in range(0, N, BLOCK_N):
+        rn = n + tl.arange(0, BLOCK_N)
+        if EVEN_N:
+            d = tl.load(dy_tile + local[:, None] * N + rn[None, :])
+            outs = rn
+        else:
+            d = tl.load(dy_tile + local[:, None] * N + rn[None, :], mask=(rn < N)[None, :], other=0.0)
+            outs = tl.minimum(rn, N - 1)
+        w = load_weight(
+            packed, absmax, code2, absmax2, offset, lut, outs, col, K,
+            BLOCK_N, BLOCK_K, DT, GROUP, SHIFT, NESTED, NF4, False, PTX,
+        )  # fmt: skip
+        acc = dot(d, w, acc)
+    mine = mm[:, None] & (rk >= pk * BLOCK_K)[None, :]
+    tl.store(dx + rows[:, None] * K + rk[None, :], cast(acc, DT), mask=mine)
+
+
+def qlora_linear_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    h: Tensor | None,
+    qw: QuantizedWeight,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    needs: tuple[bool, bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """`dx, dA, dB, dbias` (float32), None where `needs` is False."""
+    need_dx, need_dA, need_dB, need_dbias = needs
+    M, (N, K) = dy.shape[0], qw.shape
+    with on(dy.device):
+        zeros = M == 0
+        new = torch.zeros_like if zeros else torch.empty_like
+        dA = new(lora_A) if need_dA and lora_A is not None else None
+        dB = new(lora_B) if need_dB and lora_B is not None else None
+        dbias = new(dy[:1].expand(1, N).reshape(-1) if M else dy.new_empty(N), dtype=torch.float32) if need_dbias else None
+        if zeros:
+            return dy.new_empty(0, K) if need_dx else None, dA, dB, dbias
+        g = None
+        factor = lora_B if need_dx or need_dA else None
+        if factor is not None or dB is not None or dbias is not None:
+            g = read(dy, factor, h if need_dB else None, scaling, dB, False, dbias)
+        if dA is not None:
+            assert x is not None and g is not None
+            read(x, None, g, scaling, dA, True, None, dropout_p, seed)
+        dx = _dx(dy, g, qw, lora_A, scaling, dropout_p, seed) if need_dx else None
+    return dx, dA, dB, dbias
+
+
+def _dx(
+    dy: Tensor,
+    g: Tensor | None,
+    qw: QuantizedWeight,
+    lora_A: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> Tensor:
+    N, K = qw.shape
+    M, r = dy.shape[0], 0 if g is None else g.shape[1]
+    config = pick_config("dx", M, N, K, r, arch_of(dy.device))
+    config = usable(config, qw, K, K, config.block_k, dy)
+    if config.path == "panel":
+        return _panel(dy, g, qw, lora_A, scaling, dropout_p, seed)
+    dx = dy.new_empty(M, K)
+    seed, threshold, keep_scale, flags = keep_args(seed, dropout_p, K)
+    flags |= {
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "R": rank_block(max(r, 1), 64),
+        "GROUP_M": config.group,
+        "LORA": g is not None,
+        "EVEN_N": N % config.block_n == 0,
+    }
+    grid = (cdiv(M, config.block_m) * cdiv(K, config.block_k),)
+    args = (dy, g, lora_A if g is not None else None, dx, seed, threshold, scaling * keep_scale, M, N, K, r)
+    launch(dx_fused, grid, (*weight_args(qw, dy.dtype), *args), flags | weight_meta(qw, group_of(qw, K)), config)
+    return dx
+
+
+def _panel(
+    dy: Tensor,
+    g: Tensor | None,
+    qw: QuantizedWeight,
+    lora_A: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> Tensor:
+    N, K = qw.shape
+    if g is not None and lora_A is not None:
+        dx = expand(g, lora_A, False, scaling, None, dropout_p, seed)
+    else:
+        dx = dy.new_empty(dy.shape[0], K)
+    for cols in slices(K, N * dy.itemsize):
+        w = decode_panel(qw, dy.dtype, range(N), cols)
+        out = dx[:, cols.start : cols.stop]
+        out.addmm_(dy, w) if g is not None else torch.mm(dy, w, out=out)
+    return dx

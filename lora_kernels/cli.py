@@ -1,0 +1,189 @@
+"""The command line `lora-kernels`.
+
+Commands parse their arguments, call the package and print.  Everything heavy is imported inside a command.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from .finetune import Result, Settings
+
+
+def _missing_extra(e: ModuleNotFoundError) -> str:
+    return f"error: the command line needs more packages (no module named {e.name!r}): pip install 'lora_kernels[cli]'"
+
+
+try:
+    import typer
+    from typer import Argument, Option
+    from typer.core import TyperGroup
+except ModuleNotFoundError as e:
+    sys.exit(_missing_extra(e))
+
+
+class _Commands(TyperGroup):
+    """Turns what a user did wrong into one line on stderr and exit code 2, and Ctrl-C into exit code 130."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            _fail("interrupted", 130)
+        except ModuleNotFoundError as e:
+            if e.name is None or e.name.startswith("lora_kernels"):
+                raise
+            _fail(_missing_extra(e), 2)
+        except (ValueError, OSError) as e:
+            _fail(f"error: {e}", 2)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    typer.echo(message, err=True)
+    raise typer.Exit(code)
+
+
+app = typer.Typer(
+    cls=_Commands,
+    help="Fine-tune language models whose weights stay in 4 bits, with LoRA adapters, on CPU and GPU.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Model = Annotated[str, Argument(metavar="MODEL", help="A model folder, a GGUF file or a hub id.", show_default=False)]
+Adapter = Annotated[Path, Option(help="Folder with an adapter in PEFT's format.", show_default=False)]
+OptionalAdapter = Annotated[Path | None, Option(help="Folder with an adapter in PEFT's format.", show_default=False)]
+Out = Annotated[Path, Option(help="Folder to write; it must not exist yet.", show_default=False)]
+QuantType = Annotated[str, Option(help="nf4 or fp4.")]
+Blocksize = Annotated[int, Option(help="Weights that share a scale: 32, 64, ... 4096.")]
+DoubleQuant = Annotated[bool, Option(help="Also quantize the scales, to 8 bits.")]
+
+
+def main() -> None:
+    """Entry point of `lora-kernels`."""
+    app()
+
+
+def _quiet(model: str | None = None) -> Console:
+    """Silences other libraries' warnings (their errors stay) and keeps them off the network where the model is local."""
+    from rich.console import Console
+
+    warnings.filterwarnings("ignore")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    if model is not None:
+        from .integrations.transformers import is_local
+
+        if is_local(model):
+            os.environ["HF_HUB_OFFLINE"] = "1"
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    for name in ("transformers", "accelerate", "torch", "bitsandbytes"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    return Console(highlight=False, soft_wrap=True)
+
+
+def _load(model: str, adapter: Path | None) -> tuple[Any, Any, str]:
+    """A model in 4 bits with an adapter, on the best device, its tokenizer, and how its weights became 4-bit."""
+    from .finetune import load_with_adapter, pick_device, pick_dtype
+
+    device = pick_device()
+    loaded, tokenizer, how = load_with_adapter(model, adapter, pick_dtype(device))
+    return loaded.to(device), tokenizer, how
+
+
+# ---- training and using
+
+
+@app.command()
+def finetune(
+    model: Model,
+    data: Annotated[
+        Path, Option(help="JSONL: chat messages, prompt/completion, instruction/input/output or text.", show_default=False)
+    ],
+    out: Annotated[Path, Option(help="Folder of the run: adapter, log.json, loss.png, checkpoints.", show_default=False)],
+    resume: Annotated[bool, Option("--resume", help="Go on with the run in --out.")] = False,
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace the run in --out.")] = False,
+    r: Annotated[int, Option("--r", help="Rank of the adapters.")] = 16,
+    lora_alpha: Annotated[float, Option(help="Scaling is lora-alpha / r.")] = 32,
+    lora_dropout: Annotated[float, Option(help="Dropout on the adapter's input.")] = 0.0,
+    use_rslora: Annotated[bool, Option("--use-rslora", help="Scaling is lora-alpha / sqrt(r).")] = False,
+    target_modules: Annotated[str, Option(help="all-linear, or names parted by commas, such as q_proj,v_proj.")] = "all-linear",
+    quant_type: QuantType = "nf4",
+    blocksize: Blocksize = 64,
+    double_quant: DoubleQuant = True,
+    lr: Annotated[float, Option(help="Peak learning rate.")] = 2e-4,
+    epochs: Annotated[float, Option(help="Passes over the data.")] = 1.0,
+    max_steps: Annotated[int | None, Option(help="Optimizer steps, in place of --epochs.", show_default=False)] = None,
+    max_minutes: Annotated[float | None, Option(help="Stop training after this time.", show_default=False)] = None,
+    batch_size: Annotated[int, Option(help="Records a step and device.")] = 4,
+    grad_accum: Annotated[int, Option(help="Batches added up for one optimizer step.")] = 1,
+    max_length: Annotated[int, Option(help="Tokens a record; the rest is cut off.")] = 1024,
+    eval_fraction: Annotated[float, Option(help="Part of the records held out.")] = 0.05,
+    evals: Annotated[int, Option(help="Times to measure held-out loss on the way.")] = 4,
+    save_steps: Annotated[int, Option(help="Steps between checkpoints.")] = 100,
+    seed: Annotated[int, Option(help="Of split, order, initialisation and dropout.")] = 0,
+    gradient_checkpointing: Annotated[
+        bool, Option("--gradient-checkpointing", help="Less memory, about a third slower.")
+    ] = False,
+    dtype: Annotated[str, Option(help="Of activations: auto, bfloat16 or float32.")] = "auto",
+    device: Annotated[str, Option(help="auto, cpu or cuda.")] = "auto",
+) -> None:
+    """Train LoRA adapters over MODEL, frozen in 4 bits.
+
+    Ctrl-C saves; --resume goes on.
+    """
+    options = dict(locals())
+    resume, overwrite = options.pop("resume"), options.pop("overwrite")
+    options |= {"data": str(data), "out": str(out), "target_modules": tuple(target_modules.split(","))}
+    console = _quiet(model)
+    from .finetune import Settings
+
+    _train(Settings(**options), resume, overwrite, console)
+
+
+def _train(settings: Settings, resume: bool, overwrite: bool, console: Console) -> Result:
+    from .finetune import finetune as run
+
+    result = run(settings, resume, overwrite, console)
+    if result.interrupted:
+        again = f"lora-kernels finetune {settings.model} --data {settings.data} --out {settings.out} --resume"
+        console.print(f"adapter, log and curve so far: {result.dir}\ngo on with: {again} (and the options of this run)")
+        raise typer.Exit(130)
+    losses = f"held-out loss {result.before:.4f} -> {result.after:.4f}, " if result.before is not None else ""
+    console.print(f"{losses}{result.log['tokens_per_second']:.0f} tokens/s\nadapter, log.json and loss.png: {result.dir}")
+    return result
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str, Argument(metavar="PROMPT", help="What to answer or to go on with.", show_default=False)],
+    adapter: OptionalAdapter = None,
+    max_new_tokens: Annotated[int, Option(min=1, help="Longest answer.")] = 256,
+    temperature: Annotated[float, Option(min=0.0, help="0 takes the likeliest token each time.")] = 0.0,
+) -> None:
+    """Answer PROMPT with MODEL in 4 bits, as a chat where the tokenizer has a chat template."""
+    _quiet(model)
+    from transformers import TextStreamer
+
+    from .integrations.transformers import answer
+
+    loaded, tokenizer, _ = _load(model, adapter)
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    answer(loaded, tokenizer, prompt, max_new_tokens, temperature, streamer)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,213 @@
+"""Transformers' `Trainer` for adapters over a frozen 4-bit base: small checkpoints, a time limit, progress on the terminal."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+from transformers import PrinterCallback, Trainer, TrainerCallback
+from transformers.trainer_pt_utils import LengthGroupedSampler
+
+from .adapter import load_adapter, save_adapter
+
+
+def lr_factor(progress: float) -> float:
+    """The learning rate as a part of its peak, at `progress` in [0, 1]: up over the first 5 %, then down a half cosine."""
+    return min(1.0, max(progress, 1e-3) / 0.05) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+
+class Monitor(TrainerCallback):
+    """Watches training: records losses, shows progress, and decides when to measure, to save and to stop.
+
+    Attributes:
+        log: `history`, `held_out`, `train_seconds` and `tokens` of the whole run, which it adds to.
+        interrupted: whether Ctrl-C was pressed.
+    """
+
+    def __init__(
+        self,
+        log: dict[str, Any],
+        write_log: Callable[[], None],
+        console: Console,
+        minutes: float | None,
+        evals: int,
+        save_steps: int,
+    ) -> None:
+        """Makes a monitor.
+
+        Args:
+            write_log: puts the log on disk; called at every checkpoint.
+            minutes: training stops after that time; None for no limit.
+            evals: times that the held-out loss is measured on the way.
+            save_steps: steps between checkpoints.
+        """
+        self.log, self.write_log, self.console = log, write_log, console
+        self.limit = minutes * 60 if minutes else math.inf
+        self.evals, self.save_steps = evals, save_steps
+        self.interrupted = False
+        self._start_step = self._evals_done = self._tokens_seen = 0
+        self._began: float | None = None
+        self._step_began = self._last_line = 0.0
+        self._bar: Progress | None = None
+
+    def progress(self, step: int, total: int) -> float:
+        """How much of the run is done, in [0, 1]: of its steps or of its time, whichever is more."""
+        elapsed = time.monotonic() - self._began if self._began is not None else 0.0
+        return min(1.0, max(step / total, elapsed / self.limit))
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens that went through training steps, padding not counted, over the time of these steps."""
+        return self.log["tokens"] / self.log["train_seconds"] if self.log["train_seconds"] else 0.0
+
+    @contextmanager
+    def watch(self) -> Iterator[None]:
+        """Shows the bar, and turns Ctrl-C into a stop after the step; a second Ctrl-C raises KeyboardInterrupt."""
+
+        def stop(*_: Any) -> None:
+            if self.interrupted:
+                raise KeyboardInterrupt
+            self.interrupted = True
+            self.console.print("\nstopping after this step (Ctrl-C again: at once, without saving)")
+
+        previous = signal.signal(signal.SIGINT, stop)
+        try:
+            if self.console.is_terminal:
+                numbers = TextColumn("{task.percentage:>3.0f}%  {task.fields[numbers]}")
+                with Progress(BarColumn(24), numbers, console=self.console, refresh_per_second=4) as self._bar:
+                    self._bar.add_task("", total=1.0, numbers="first step")
+                    yield
+            else:
+                yield
+        finally:
+            self._bar = None
+            signal.signal(signal.SIGINT, previous)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._began = time.monotonic()
+        self._start_step, self._tokens_seen = state.global_step, state.num_input_tokens_seen
+        self._evals_done = int(self.progress(state.global_step, state.max_steps) * (self.evals + 1))
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._step_began = time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **_: Any) -> None:
+        self.log["train_seconds"] += time.monotonic() - self._step_began
+        self.log["tokens"] += state.num_input_tokens_seen - self._tokens_seen
+        self._tokens_seen = state.num_input_tokens_seen
+        done = self.progress(state.global_step, state.max_steps)
+        last = self.interrupted or done >= 1
+        evals = int(done * (self.evals + 1))
+        control.should_evaluate = evals > self._evals_done and not last
+        self._evals_done = evals
+        control.should_save = last or state.global_step % self.save_steps == 0
+        control.should_training_stop = last
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
+        if "loss" in logs:
+            numbers = {name: logs[name] for name in ("loss", "learning_rate", "grad_norm")}
+            self.log["history"].append({"step": state.global_step, **numbers, "tokens": self.log["tokens"]})
+            self._show(state, logs["loss"])
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **_: Any) -> None:
+        self.log["held_out"].append({"step": state.global_step, "loss": metrics["eval_loss"]})
+        self.console.print(f"held-out loss {metrics['eval_loss']:.4f} at step {state.global_step}")
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.write_log()
+
+    def _show(self, state: Any, loss: float) -> None:
+        elapsed = time.monotonic() - (self._began or 0.0)
+        done, start = self.progress(state.global_step, state.max_steps), self._start_step / state.max_steps
+        left = _clock(elapsed * (1 - done) / max(done - start, 1e-9))
+        numbers = f"step {state.global_step}  loss {loss:.3f}  {self.tokens_per_second:.0f} tokens/s  {left} left  {_memory()}"
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=done, numbers=numbers)
+        elif elapsed - self._last_line > 10 or done >= 1 or state.global_step == self._start_step + 1:
+            self._last_line = elapsed
+            self.console.print(f"{done:4.0%}  {numbers}")
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def _memory() -> str:
+    if torch.cuda.is_available():
+        return f"{torch.cuda.memory_allocated() / 1e9:.1f} GB on the GPU"
+    return f"{psutil.Process().memory_info().rss / 1e9:.1f} GB"
+
+
+class _Sampler(LengthGroupedSampler):
+    """Batches of like length, in an order that depends on seed and epoch alone: a resumed run goes on in it."""
+
+    def __init__(self, seed: int, batch_size: int, dataset: Any) -> None:
+        super().__init__(batch_size, dataset, generator=torch.Generator())
+        self.seed = seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.generator.manual_seed(self.seed + epoch)
+
+
+class QLoRATrainer(Trainer):
+    """Trains the adapters of a model with `FusedQLoRALinear` layers.
+
+    Checkpoints hold the adapter and the state of optimizer, schedule and random numbers, but not the base; one is kept, and it
+    appears under its name when complete.
+    """
+
+    def __init__(self, monitor: Monitor, **kwargs: Any) -> None:
+        self.monitor = monitor
+        super().__init__(**kwargs, callbacks=[monitor])
+        self.remove_callback(PrinterCallback)
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Not counted: it walks over all modules in every step."""
+        return 0
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """`lr_factor` over the progress of the run, so that a time limit ends the schedule too."""
+        if self.lr_scheduler is None:
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+                self.optimizer if optimizer is None else optimizer,
+                lambda step: lr_factor(self.monitor.progress(step, num_training_steps)),
+            )
+        return self.lr_scheduler
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> _Sampler:
+        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return _Sampler(self.args.seed, batch, self.train_dataset)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        save_adapter(self.model, output_dir or self.args.output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        load_adapter(self.model, resume_from_checkpoint)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        folder, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
+        with tempfile.TemporaryDirectory(dir=folder) as tmp:
+            self.args.output_dir = tmp
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self.args.output_dir = str(folder)
+            shutil.rmtree(folder / name, ignore_errors=True)
+            (Path(tmp) / name).rename(folder / name)
+        for old in folder.glob("checkpoint-*"):
+            if old.name != name:
+                shutil.rmtree(old)

@@ -1,0 +1,127 @@
+"""Importing the package is light: no extra, no device, no compiled code needed."""
+
+import json
+
+from conftest import python
+
+REPORT = """
+import json, sys, warnings
+warnings.simplefilter("error")
+import torch
+before = set(sys.modules)
+import lora_kernels as lk
+new = {m.partition(".")[0] for m in set(sys.modules) - before}
+"""
+
+
+def report(code, **env):
+    return json.loads(python(REPORT + code, **({"LORA_KERNELS_BACKEND": None} | env)).splitlines()[-1])
+
+
+def test_no_extras():
+    """Nothing but torch and safetensors is imported, and not the compiled backend either."""
+    result = report("print(json.dumps([sorted(new), 'lora_kernels._C' in sys.modules, 'triton' in sys.modules]))")
+    extras = {
+        "transformers",
+        "peft",
+        "bitsandbytes",
+        "triton",
+        "typer",
+        "rich",
+        "matplotlib",
+        "accelerate",
+        "trl",
+        "datasets",
+        "gguf",
+    }
+    modules, compiled, triton = result
+    assert not extras & set(modules)
+    third_party = set(modules) - {"lora_kernels", "safetensors"}
+    assert third_party <= set(__import__("sys").stdlib_module_names), third_party
+    assert not compiled
+    assert not triton
+
+
+def test_testing_needs_no_extras():
+    assert (
+        report("import lora_kernels.testing; print(json.dumps('bitsandbytes' in sys.modules or 'pytest' in sys.modules))")
+        is False
+    )
+
+
+def test_no_device_is_touched():
+    code = """
+def refuse(*args, **kwargs):
+    raise AssertionError("a device was touched")
+for module in [m for m in list(sys.modules) if m.startswith("lora_kernels")]:
+    del sys.modules[module]
+torch.cuda.init = torch.cuda._lazy_init = torch.cuda.is_available = torch.cuda.device_count = torch.cuda.get_device_capability = refuse
+from torch._subclasses import fake_tensor
+print(json.dumps(torch.cuda.is_initialized()))
+"""
+    fresh = "import torch, json\n" + code.replace(
+        'for module in [m for m in list(sys.modules) if m.startswith("lora_kernels")]:\n    del sys.modules[module]\n', ""
+    )
+    out = python(fresh.replace("print(", "import lora_kernels\nprint("), LORA_KERNELS_BACKEND=None)
+    assert json.loads(out.splitlines()[-1]) is False
+
+
+def test_default_device_does_not_move_the_tables():
+    """The package may be imported inside `with torch.device("meta")`, as transformers does while it loads a model."""
+    code = """
+import torch
+with torch.device("meta"):
+    import lora_kernels as lk
+print(lk.quantize(torch.ones(2, 64)).dequantize().sum().item())
+"""
+    assert float(python(code, LORA_KERNELS_BACKEND=None).splitlines()[-1]) == 128.0
+
+
+def test_works_where_nothing_was_compiled():
+    """Without the compiled library everything runs on the reference, and `verify` says why."""
+    code = """
+import importlib.abc
+class Missing(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name == "lora_kernels._C":
+            raise ModuleNotFoundError("No module named 'lora_kernels._C'", name=name)
+sys.meta_path.insert(0, Missing())
+layer = lk.FusedQLoRALinear(64, 8, r=2)
+layer(torch.randn(3, 64)).sum().backward()
+(row,) = lk.verify(torch.nn.Sequential(layer)).rows
+try:
+    with lk.use_backend("native"):
+        layer(torch.randn(3, 64))
+except RuntimeError as e:
+    error = str(e)
+print(json.dumps([row.backend, row.fused, row.reason, error]))
+"""
+    backend, fused, reason, error = report(code)
+    assert (backend, fused) == ("reference", False)
+    for text in (reason, error):
+        assert "pip install" in text
+    assert "native" in reason
+
+
+def test_library_of_another_torch():
+    """A compiled library that does not load is a reason, not a crash."""
+    code = """
+import importlib.abc
+class Broken(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name == "lora_kernels._C":
+            raise ImportError("undefined symbol: _ZN2at")
+sys.meta_path.insert(0, Broken())
+from lora_kernels import backends
+cpu = torch.device("cpu")
+print(json.dumps([backends.pick(cpu).__name__, dict(backends.choices(cpu))["native"]]))
+"""
+    picked, reason = report(code)
+    assert picked.endswith("reference")
+    assert "undefined symbol" in reason
+    assert "build it again" in reason
+
+
+def test_public_names():
+    names = report("print(json.dumps([n for n in lk.__all__ if getattr(lk, n, None) is None]))")
+    assert names == []
