@@ -14,7 +14,7 @@ from pathlib import Path
 from setuptools import setup
 
 ROOT = Path(__file__).parent
-FLAGS = ["-O3", "-ffp-contract=off", "-fvisibility=hidden"]  # torch adds the -std that its headers need
+FLAGS = ["-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden"]  # torch adds the -std that its headers need
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"]
 # One object a level, each with its own flags; no other file may see them (csrc/cpu/kernels.h says why).
 ISA_FLAGS = {

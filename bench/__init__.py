@@ -13,8 +13,9 @@ The method, in the order in which the code does it:
    neighbour or the clock does to one round it does to all of them, so the ratio is taken within a round; the table shows
    the median over rounds, the JSON file its quartiles too.
 4. Weights are cold: each contender rotates through copies of its own weight that together exceed three times the last-level
-   cache (256 copies at most; the JSON file says how many).  On CUDA the L2 cache is flushed before every launch that is not
-   in a graph, and events time it.
+   cache.  Where 128 copies (4 from 512 rows on, where x and y alone sweep the cache) do not exceed it, the line says "in
+   cache"; the JSON file says how many there were.  On CUDA the L2 cache is flushed before every launch that is not in a
+   graph, and events time it; a graph holds one call for each copy.
 5. A copy and a library matrix product are measured in the same run.  "of ceiling" is the time that the bytes at copy speed,
    or the operations at matrix product speed, would take (the larger of the two), over the time taken.
 

@@ -8,13 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn.functional import linear
 
 from lora_kernels.testing import Case, Inputs, Results, decode, make_inputs
 
 from . import cases
-from .measure import copies_of
-from .rivals import REGISTRY, Layer
+from .rivals import REGISTRY, Layer, on
 from .suite import OURS, Contender, Line, mismatch
 
 SAMPLE = 64
@@ -26,8 +25,9 @@ NO_ADAPTER = ("dense", "bnb-inference")
 
 
 class LayerLine(Line):
-    def __init__(self, case: Case, device: torch.device) -> None:
-        self.case, self.device = case, device
+    def __init__(self, case: Case, device: torch.device, quick: bool = False) -> None:
+        self.case, self.device, self.quick = case, device, quick
+        self.names = on(device, self.names)
         self.label = f"{case.N}x{case.K}  M={case.M}  r={case.r}"
 
     def shape(self) -> dict[str, Any]:
@@ -47,14 +47,10 @@ class LayerLine(Line):
         M = self.case.M
         return torch.arange(M) if M <= SAMPLE else torch.linspace(0, M - 1, SAMPLE).round().long()
 
-    def release(self) -> None:
-        for name in ("inputs", "weight", "expected"):
-            self.__dict__.pop(name, None)
-
     def layers(self, name: str) -> list[Layer]:
         """Copies of a contender's layer, enough of them to find no weight in the cache."""
         first = REGISTRY[name](self.inputs, self.weight)
-        n = copies_of(first.nbytes, self.device, most=256 if self.case.M <= 64 else 16)
+        n = self.copies(first.nbytes, most=128 if self.case.M <= 64 else 16 if self.case.M < 512 else 4)
         return [first] + [REGISTRY[name](self.inputs, self.weight) for _ in range(n - 1)]
 
     @cached_property
@@ -66,10 +62,10 @@ class LayerLine(Line):
         i, s = self.inputs, self.case.scaling
         assert i.lora_A is not None and i.lora_B is not None
         x, dy, A, B, W = (t.to(dtype) for t in (i.x, i.dy, i.lora_A, i.lora_B, self.weight))
-        h, g = F.linear(x, A), dy @ B
+        h, g = linear(x, A), dy @ B
         some_x, some_dy = x[self.rows], dy[self.rows]
-        out = {"y0": F.linear(some_x, W), "dx0": some_dy @ W}
-        out["y"] = out["y0"] + s * F.linear(h[self.rows], B)
+        out = {"y0": linear(some_x, W), "dx0": some_dy @ W}
+        out["y"] = out["y0"] + s * linear(h[self.rows], B)
         out["dx"] = out["dx0"] + s * (g[self.rows] @ A)
         out["dA"], out["dB"] = s * (g.T @ x), s * (dy.T @ h)
         return out
@@ -142,5 +138,5 @@ class TrainLayer(LayerLine):
 
 def lines(suite: str, device: torch.device, quick: bool) -> Sequence[Line]:
     if suite == "forward":
-        return [Forward(c, device) for c in cases.forward(device, quick)]
-    return [TrainLayer(c, device) for c in cases.train_layer(device, quick)]
+        return [Forward(c, device, quick) for c in cases.forward(device, quick)]
+    return [TrainLayer(c, device, quick) for c in cases.train_layer(device, quick)]

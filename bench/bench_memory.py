@@ -29,8 +29,8 @@ from lora_kernels.testing import decode, make_inputs
 from . import cases
 from .bench_layer import TRAIN_NAMES
 from .measure import environment
-from .rivals import REGISTRY
-from .suite import OURS, NotAvailable, print_summary, summary
+from .rivals import REGISTRY, on
+from .suite import OURS, UnavailableError, print_summary, summary
 
 MB = 1e6
 
@@ -44,7 +44,7 @@ def run_suite(device: torch.device, against: Sequence[str], console: Console, qu
         if only not in label:
             continue
         shape = f"{case.M}x{case.N}x{case.K}x{case.r}"
-        entries = {n: _child(n, shape, device) for n in TRAIN_NAMES if n == OURS or n in against}
+        entries = {n: _child(n, shape, device) for n in on(device, TRAIN_NAMES) if n == OURS or n in against}
         ours = entries[OURS].get("peak")
         for name, entry in entries.items():
             if name != OURS and ours and "peak" in entry:
@@ -89,7 +89,7 @@ def measure(name: str, shape: str, device: torch.device) -> dict[str, Any]:
     inputs = make_inputs(case, device=device)
     try:
         layer = REGISTRY[name](inputs, decode(inputs.qw, case.dtype))
-    except NotAvailable as e:
+    except UnavailableError as e:
         return {"status": str(e)}
     x, dy = inputs.x.clone().requires_grad_(), inputs.dy
     del inputs

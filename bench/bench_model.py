@@ -23,7 +23,7 @@ import lora_kernels as lk
 from lora_kernels.testing import Results
 
 from .rivals import need
-from .suite import FACTOR, OURS, Contender, Line, NotAvailable
+from .suite import FACTOR, OURS, Contender, Line, UnavailableError
 
 R, ALPHA, LR = 16, 32, 1e-4
 
@@ -174,7 +174,7 @@ def build(base: Base, name: str) -> tuple[nn.Module, bool]:
     elif kind == "dense":
         net = base.dense(False)
     else:
-        raise NotAvailable(f"no such contender: {name}")
+        raise UnavailableError(f"no such contender: {name}")
     if name.endswith("-bf16"):
         for pair in adapters_of(net).values():
             for matrix in pair:
@@ -205,8 +205,8 @@ class _ModelLine(Line):
         return self._base
 
     def release(self) -> None:
+        super().release()
         self._base = None
-        self.__dict__.pop("_expected", None)
 
 
 class TrainStep(_ModelLine):
@@ -374,7 +374,9 @@ class Decode(_ModelLine):
         return None if error <= allowed else f"relative error of the logits {error:.2g} against float32, allowed {allowed:.2g}"
 
 
-def lines(suite: str, device: torch.device, model: str, layers: int | None, quick: bool, batch: int, length: int) -> Sequence[Line]:
+def lines(
+    suite: str, device: torch.device, model: str, layers: int | None, quick: bool, batch: int, length: int
+) -> Sequence[Line]:
     base = Base(model, layers, device)
     if suite == "train_step":
         return [TrainStep(base, model, batch, length, device)]

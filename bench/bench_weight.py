@@ -15,14 +15,14 @@ from lora_kernels.backends import reference
 from lora_kernels.testing import Results, decode, make_inputs, relative_error
 
 from . import cases
-from .measure import copies_of
-from .rivals import clone, need, torch_decode_absmax, torch_dequantize, torchao_nf4, unsloth_dequantize
+from .rivals import clone, need, on, to_nf4, torch_decode_absmax, torch_dequantize, unsloth_dequantize
 from .suite import OURS, Contender, Line, mismatch
 
 
 class _WeightLine(Line):
-    def __init__(self, N: int, K: int, device: torch.device) -> None:
-        self.N, self.K, self.device = N, K, device
+    def __init__(self, N: int, K: int, device: torch.device, quick: bool = False) -> None:
+        self.N, self.K, self.device, self.quick = N, K, device, quick
+        self.names = on(device, self.names)
         self.label = f"{N}x{K}"
 
     def shape(self) -> dict[str, Any]:
@@ -32,12 +32,8 @@ class _WeightLine(Line):
     def qw(self) -> lk.QuantizedWeight:
         return make_inputs(cases.case(1, self.N, self.K), device=self.device).qw
 
-    def release(self) -> None:
-        for name in ("qw", "dense", "best"):
-            self.__dict__.pop(name, None)
-
     def _clones(self, nbytes: int) -> list[lk.QuantizedWeight]:
-        return [clone(self.qw) for _ in range(copies_of(nbytes, self.device))]
+        return [clone(self.qw) for _ in range(self.copies(nbytes))]
 
 
 def _bnb_state(qw: lk.QuantizedWeight) -> tuple[Tensor, Any]:
@@ -76,7 +72,7 @@ class Quantize(_WeightLine):
         return relative_error(nearest.flatten()[: W.numel()], W)
 
     def build(self, name: str) -> Contender:
-        copies = [self.dense.clone() for _ in range(copies_of(self.dense.nbytes, self.device))]
+        copies = [self.dense.clone() for _ in range(self.copies(self.dense.nbytes))]
         quantize, dequantize = self._functions(name)
 
         def run(i: int) -> Any:
@@ -104,8 +100,7 @@ class Quantize(_WeightLine):
                 lambda w: functional.quantize_4bit(w, blocksize=64, quant_type="nf4", compress_statistics=True),
                 lambda pair: functional.dequantize_4bit(*pair).float(),
             )
-        nf4 = torchao_nf4()
-        return lambda w: nf4.to_nf4(w, 64, 256), lambda t: t.get_original_weight().float()
+        return to_nf4, lambda t: t.get_original_weight().float()
 
     def judge(self, name: str, got: Results) -> str | None:
         error = relative_error(got["W"], self.dense)
@@ -160,9 +155,8 @@ class Dequantize(_WeightLine):
     def build(self, name: str) -> Contender:
         nbytes = self.qw.nbytes
         if name == "torchao":
-            nf4 = torchao_nf4()
             W = decode(self.qw, torch.bfloat16)
-            tensors = [nf4.to_nf4(W.clone(), 64, 256) for _ in range(copies_of(nbytes, self.device))]
+            tensors = [to_nf4(W.clone()) for _ in range(self.copies(nbytes))]
             run: Callable[[int], Tensor] = lambda i: tensors[i % len(tensors)].get_original_weight()  # noqa: E731
             return Contender(run, lambda: {"W": run(0)}, nbytes, len(tensors))
         weights = self._clones(nbytes)
@@ -195,4 +189,4 @@ CLASSES = {"quantize": Quantize, "decode_absmax": DecodeAbsmax, "dequantize": De
 
 
 def lines(suite: str, device: torch.device, quick: bool) -> Sequence[Line]:
-    return [CLASSES[suite](N, K, device) for N, K in cases.weights(device, quick)]
+    return [CLASSES[suite](N, K, device, quick) for N, K in cases.weights(device, quick)]

@@ -42,8 +42,8 @@ def forward(device: torch.device, quick: bool = False) -> list[Case]:
     if device.type == "cpu":
         shapes, tokens = ((576, 576), (1536, 576), (1024, 4096), (4096, 4096), (11008, 4096)), (1, 4, 16, 128)
         return [case(M, N, K) for N, K in shapes for M in tokens] + [case(1, 4096, 4096, r) for r in (8, 64)]
-    cases = [case(M, N, K) for N, K in (*LLAMA_1B, *LLAMA_8B) for M in (1, 2, 4, 8, 16, 64, 256, 512)]
-    cases += [case(M, N, K) for N, K in ((576, 576), *QWEN_7B[2:], *LLAMA_70B[2:]) for M in (1, 16)]
+    cases = [case(M, N, K) for N, K in LLAMA_8B for M in (1, 2, 4, 8, 16, 64, 256, 512)]
+    cases += [case(M, N, K) for N, K in ((576, 576), *LLAMA_1B, *QWEN_7B[1:], *LLAMA_70B[2:]) for M in (1, 16)]
     return cases + [case(M, 4096, 4096, r) for r in (8, 64) for M in (1, 16)]
 
 
@@ -55,9 +55,9 @@ def train_layer(device: torch.device, quick: bool = False) -> list[Case]:
         cases = [case(M, N, K) for N, K in ((576, 576), (1536, 576), (576, 1536)) for M in (16, 256, 1024)]
         cases += [case(M, 4096, 4096) for M in (16, 512, 2048)] + [case(512, 4096, 4096, r) for r in (8, 64)]
         return cases + [case(512, N, K) for N, K in ((1024, 4096), *LLAMA2_7B)]
-    cases = [case(M, N, K) for N, K in LLAMA_8B for M in (16, 128, 512, 1024, 2048, 4096, 8192, 16384)]
-    cases += [case(M, N, K) for N, K in (*LLAMA_1B, *QWEN_7B) for M in (512, 4096)]
-    cases += [case(4096, 576, 576), case(4096, 8192, 8192), case(4096, 28672, 8192)]
+    cases = [case(M, N, K) for N, K in LLAMA_8B for M in (16, 512, 1024, 2048, 4096, 8192)]
+    cases += [case(M, 4096, 4096) for M in (64, 128, 256, 16384)]
+    cases += [case(4096, N, K) for N, K in ((576, 576), *LLAMA_1B, *QWEN_7B[1:], (8192, 8192))]
     return cases + [case(4096, 4096, 4096, r) for r in (8, 64)]
 
 

@@ -15,7 +15,10 @@ except ImportError as e:
 
 import torch
 
-from . import bench_layer, bench_memory, bench_model, bench_weight
+from . import bench_layer, bench_memory, bench_model, bench_weight, profile_op
+from . import compile_check as compile_check_
+from . import report as report_
+from . import tune as tune_
 from .measure import QUICK, Effort
 from .plot import draw
 from .suite import OURS, Line, run_suite, write_json, wrong_lines
@@ -86,7 +89,7 @@ def run(
     plot: Annotated[Path | None, typer.Option(help="picture, or a folder that gets SUITE.png")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: torch's own choice")] = None,
     quick: Annotated[bool, typer.Option(help="tiny shapes and three rounds: to see that it works, not to compare")] = False,
-    seconds: Annotated[float, typer.Option(min=0.0, help="time a contender gets on one line, at least nine rounds")] = 0.5,
+    seconds: Annotated[float, typer.Option(min=0.0, help="time a contender gets on one line, at least nine rounds")] = 0.3,
     model: Annotated[str | None, typer.Option(help="train_step and decode: a model folder, or a shape's name")] = None,
     layers: Annotated[int | None, typer.Option(min=1, help="train_step and decode: only the first layers")] = None,
     batch: Annotated[int, typer.Option(min=1, help="train_step: sequences")] = 4,
@@ -116,7 +119,7 @@ def run(
             lines = [line for line in lines_of(suite, where, quick, model, layers, batch, length) if only in line.label]
         except ValueError as e:
             fail(str(e))
-        effort = QUICK if quick else MODEL_EFFORT if suite in MODEL_SUITES else Effort(seconds)
+        effort = QUICK if quick else MODEL_EFFORT if suite in MODEL_SUITES else layer_effort(where, seconds)
         names = names_of([n for line in lines for n in line.names], against)
         result = run_suite(suite, lines, where, names, effort, console, quick)
         bad += [f"{suite} {line}" for line in wrong_lines(result)]
@@ -132,10 +135,80 @@ def _finish(result: dict[str, Any], file: Path | None, picture: Path | None) -> 
         draw(result, picture)
 
 
+def layer_effort(device: torch.device, seconds: float) -> Effort:
+    """Events on a GPU are steadier than a clock on a shared CPU: shorter rounds will do."""
+    return Effort(seconds, round_ms=2.0) if device.type == "cuda" else Effort(seconds)
+
+
 MODEL_EFFORT = Effort(10.0, 5, 9, 1.0)
 """A step takes seconds: few rounds, one step each."""
 
 
-@app.callback()
-def main() -> None:
-    """Benchmarks of lora_kernels, side by side with what one would use instead."""
+@app.command()
+def report(
+    readme: Annotated[Path, typer.Option(help="file that holds the markers")] = report_.ROOT / "README.md",
+    results: Annotated[Path, typer.Option(help="folder of result files")] = report_.RESULTS,
+) -> None:
+    """Writes the README's section on speed, and its pictures, from the result files."""
+    found = report_.load(results)
+    if not found:
+        fail(f"no results in {results}: python -m bench run all --json {results}/cpu")
+    try:
+        report_.update(readme, report_.section(found, readme.parent))
+    except (OSError, ValueError) as e:
+        fail(str(e))
+    typer.echo(f"{readme}: {len(found)} suites")
+
+
+@app.command()
+def tune(
+    device: Annotated[str, typer.Option(help="cuda")] = "cuda",
+    only: Annotated[str, typer.Option(help="dequantize, qlora_linear or dx")] = "",
+    quick: Annotated[bool, typer.Option(help="one layer, two sizes")] = False,
+    out: Annotated[Path | None, typer.Option(help="default: the table that the Triton backend reads for this GPU")] = None,
+) -> None:
+    """Sweeps the Triton backend's launch settings on this GPU and writes its table."""
+    if device == "cpu":
+        fail("tune: the C++ backend has no launch settings; this needs a CUDA GPU")
+    where = get_device(device)
+    try:
+        path = tune_.tune(where, quick, only, out, make_console())
+    except RuntimeError as e:
+        fail(str(e))
+    typer.echo(f"wrote {path}")
+
+
+@app.command()
+def profile(
+    op: Annotated[str, typer.Argument(help=", ".join(profile_op.OPS))],
+    shape: Annotated[str, typer.Argument(help="MxNxK or MxNxKxr")],
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    repeat: Annotated[int, typer.Option(min=1, help="calls")] = 100,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads")] = None,
+) -> None:
+    """Runs one op, ready for ncu, nsys or perf; prints the command lines."""
+    where = get_device(device)
+    if threads:
+        torch.set_num_threads(threads)
+    try:
+        profile_op.profile(op, shape, where, repeat)
+    except ValueError as e:
+        fail(str(e))
+    typer.echo(profile_op.hints(op, shape, where))
+
+
+@app.command("compile-check")
+def compile_check(
+    arch: Annotated[list[int] | None, typer.Option(help="compute capabilities; default 80 90 100")] = None,
+    more: Annotated[list[int] | None, typer.Argument(help="further ones, so that --arch 80 90 100 works")] = None,
+    only: Annotated[str, typer.Option(help="kernels whose name contains this text")] = "",
+) -> None:
+    """Compiles every Triton kernel ahead of time; exit code 1 on a spill or a lost matrix instruction.  Needs no GPU."""
+    console = make_console()
+    try:
+        bad = compile_check_.check([*(arch or []), *(more or [])] or [80, 90, 100], only, console)
+    except (RuntimeError, ValueError) as e:
+        fail(str(e))
+    console.print(f"{compile_check_.versions()}: " + (f"[red]{bad} kernels are not as they should be" if bad else "all ok"))
+    if bad:
+        raise typer.Exit(1)

@@ -60,12 +60,12 @@ def ratio(theirs: list[float], ours: list[float]) -> Quartiles:
 
 
 def interleave(runs: dict[str, Run], device: torch.device, effort: Effort) -> dict[str, list[float]]:
-    """Seconds of one call of each contender, one number a round."""
+    """Seconds of one call of each contender, one number a round.  A graph's call is one of those that it holds."""
     timer = _cuda_timer(device) if device.type == "cuda" else _cpu_timer
     calls, position = {}, dict.fromkeys(runs, 0)
     for name, run in runs.items():  # warm-up, and the number of calls in a round
         timer(run, 0, 1)
-        once = timer(run, 1, 1)
+        once = timer(run, 1, 1) * (run.calls if isinstance(run, Graph) else 1)
         position[name] = 2
         calls[name] = max(1, min(1000, round(effort.round_ms / 1e3 / max(once, 1e-7))))
     times: dict[str, list[float]] = {name: [] for name in runs}
@@ -146,7 +146,7 @@ def cache_bytes(device: torch.device) -> int:
     return max(sizes, default=64 << 20)
 
 
-def copies_of(nbytes: int, device: torch.device, most: int = 256) -> int:
+def copies_of(nbytes: int, device: torch.device, most: int = 128) -> int:
     """Copies of a weight of `nbytes` that exceed three times the last-level cache, `most` at most."""
     return min(most, max(1, -(3 * cache_bytes(device) // -nbytes)))
 
@@ -199,7 +199,9 @@ def environment(device: torch.device) -> dict[str, object]:
             versions[package] = None
     info: dict[str, object] = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
-        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if device.type == "cuda" else None,
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        if device.type == "cuda"
+        else None,
         "backend": backends.pick(device).__name__.removeprefix("lora_kernels.backends."),
         "threads": torch.get_num_threads(),
         "cache_bytes": cache_bytes(device),

@@ -48,14 +48,27 @@ def draw(result: dict[str, Any], path: Path) -> None:
     low, high = 1.0, 1.0
     for k, name in enumerate(rivals):
         shift = (k - (len(rivals) - 1) / 2) * 0.7 / max(len(rivals), 1)
-        found = [(y, row["entries"][name]["ratio"]) for y, row in zip(positions, rows, strict=True) if "ratio" in row["entries"].get(name, {})]
+        found = [
+            (y, row["entries"][name]["ratio"])
+            for y, row in zip(positions, rows, strict=True)
+            if "ratio" in row["entries"].get(name, {})
+        ]
         ys, median = [y + shift for y, _ in found], [r["median"] for _, r in found]
         spread = [[r["median"] - r["q1"] for _, r in found], [r["q3"] - r["median"] for _, r in found]]
         color = COLORS.get(name.removesuffix(suffix) if suffix else name, "#333333")
-        left.errorbar(median, ys, xerr=spread, fmt="o", ms=6, color=color, elinewidth=1.5, label=name.removesuffix(suffix or "\0"))
+        left.errorbar(
+            median, ys, xerr=spread, fmt="o", ms=6, color=color, elinewidth=1.5, label=name.removesuffix(suffix or "\0")
+        )
         for value, y in zip(median, ys, strict=True):
-            left.annotate(f"{value:.2f}" if value < 10 else f"{value:.0f}", (value, y), (7, 0), textcoords="offset points",
-                          va="center", fontsize=8, color=color)
+            left.annotate(
+                f"{value:.2f}" if value < 10 else f"{value:.0f}",
+                (value, y),
+                (7, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=8,
+                color=color,
+            )
         low, high = min([low, *median]), max([high, *median])
     left.set_xscale("log")
     left.set_xlim(low / 1.25, high * 1.35)
@@ -65,12 +78,19 @@ def draw(result: dict[str, Any], path: Path) -> None:
     left.set_ylim(len(rows) - 0.5, -0.5)
     left.grid(axis="x", color="#dddddd", lw=0.8)
     left.set_axisbelow(True)
-    left.set_xlabel("peak memory over ours" if memory else "ours is faster by  (time of the other / ours; below 1 we are slower)")
+    left.set_xlabel(
+        "peak memory over ours" if memory else "ours is faster by  (time of the other / ours; below 1 we are slower)"
+    )
     left.legend(ncols=min(len(rivals), 4), loc="lower left", bbox_to_anchor=(0, 1.0), frameon=False, fontsize=9)
     _right(right, rows, positions, OURS + suffix, memory)
     versions, threads = result["versions"], result["threads"]
     where = f"{result['device']}, {threads} threads" if result["driver"] is None else f"{result['device']}"
-    fig.suptitle(f"{result['suite']} on {where}, torch {versions['torch']}{', CUDA graphs' if graphs else ''}", x=0.01, ha="left", weight="bold")
+    fig.suptitle(
+        f"{result['suite']} on {where}, torch {versions['torch']}{', CUDA graphs' if graphs else ''}",
+        x=0.01,
+        ha="left",
+        weight="bold",
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(path, dpi=150)
     plt.close(fig)
@@ -82,7 +102,14 @@ def _right(axis: Any, rows: list[dict[str, Any]], positions: range, ours: str, m
     values = [scale * row["entries"].get(ours, {}).get(key, 0) for row in rows]
     axis.barh(list(positions), values, height=0.55, color="#4e79a7")
     for y, value in zip(positions, values, strict=True):
-        axis.annotate(f"{value:.0f}" + (" MB" if memory else " %"), (value, y), (4, 0), textcoords="offset points", va="center", fontsize=9)
+        axis.annotate(
+            f"{value:.0f}" + (" MB" if memory else " %"),
+            (value, y),
+            (4, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=9,
+        )
     axis.set_xlim(0, max([*values, 1]) * 1.35 if memory else 125)
     axis.set_xlabel("our peak, MB" if memory else "ours, % of ceiling")
     axis.tick_params(axis="y", length=0)

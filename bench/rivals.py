@@ -1,17 +1,16 @@
 """Everything one would use instead of lora_kernels for one linear layer, each at its best documented setting.
 
 A rival is a function that builds a `Layer` from the inputs of a case and the dense weight `W` (the dequantized one: all
-contenders hold the same numbers).  It raises NotAvailable if its package is missing.
+contenders hold the same numbers).  It raises UnavailableError if its package is missing.
 """
 
 from __future__ import annotations
 
 import copy
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,18 +20,18 @@ from lora_kernels.formats import codebook
 from lora_kernels.testing import Inputs
 
 from . import rivals_gpu
-from .suite import OURS, NotAvailable
+from .suite import OURS, UnavailableError
 
 
 def need(package: str) -> ModuleType:
-    """The imported package.  Raises NotAvailable where it can't be imported."""
+    """The imported package.  Raises UnavailableError where it can't be imported."""
     try:
         return importlib.import_module(package)
     except ImportError as e:
         missing = not isinstance(e, ModuleNotFoundError) or e.name != package
-        raise NotAvailable(f"not usable: {e}" if missing else "not installed") from None
+        raise UnavailableError(f"not usable: {e}" if missing else "not installed") from None
     except Exception as e:  # a package that wants a GPU at import
-        raise NotAvailable(f"not usable: {type(e).__name__}: {e}") from None
+        raise UnavailableError(f"not usable: {type(e).__name__}: {e}") from None
 
 
 @dataclass
@@ -190,15 +189,15 @@ def _repacked(inputs: Inputs) -> tuple[nn.Module, int]:
     become bf16.  Returns the layer and the bytes of its weight."""
     bnb = need("bitsandbytes")
     if inputs.x.device.type != "cpu":
-        raise NotAvailable("a layout of the CPU only")
+        raise UnavailableError("a layout of the CPU only")
     if not bnb.functional.has_avx512bf16():
-        raise NotAvailable("this CPU has no AVX512-BF16, without which bitsandbytes does not repack")
+        raise UnavailableError("this CPU has no AVX512-BF16, without which bitsandbytes does not repack")
     layer = linear4bit(inputs.qw).eval()
     with torch.no_grad():
         layer(inputs.x[:1])
     state = layer.weight.quant_state
     if not getattr(state, "packing_format_for_cpu", False):
-        raise NotAvailable("bitsandbytes does not repack this shape")
+        raise UnavailableError("bitsandbytes does not repack this shape")
     return layer, layer.weight.nbytes + state.absmax.nbytes
 
 
@@ -213,13 +212,21 @@ def torchao_nf4() -> ModuleType:
             return importlib.import_module(path)
         except ImportError:
             continue
-    raise NotAvailable("this version of torchao has no NF4 tensor")
+    raise UnavailableError("this version of torchao has no NF4 tensor")
+
+
+def to_nf4(weight: Tensor) -> Tensor:
+    """torchao's tensor at its default block sizes."""
+    nf4 = torchao_nf4()
+    if weight.numel() % (64 * 256):
+        raise UnavailableError("takes multiples of 16384 elements only")
+    return nf4.to_nf4(weight, 64, 256)
 
 
 def torchao(inputs: Inputs, W: Tensor) -> Layer:
     """torchao's NF4 tensor and `linear_nf4`, with the adapter as torchtune's QLoRA has it."""
     nf4 = torchao_nf4()
-    weight, (A, B), s = nf4.to_nf4(W.clone(), 64, 256), _adapter(inputs), inputs.case.scaling
+    weight, (A, B), s = to_nf4(W.clone()), _adapter(inputs), inputs.case.scaling
 
     def forward(x: Tensor) -> Tensor:
         y = nf4.linear_nf4(x, weight)
@@ -231,16 +238,9 @@ def torchao(inputs: Inputs, W: Tensor) -> Layer:
 # ---- GPU only
 
 
-def _gpu(load: Callable[[], Any]) -> Any:
-    try:
-        return load()
-    except rivals_gpu.Unusable as e:
-        raise NotAvailable(str(e)) from None
-
-
 def unsloth(inputs: Inputs, W: Tensor) -> Layer:
     """Unsloth's `LoRA_W` over a bitsandbytes weight."""
-    fast_lora = _gpu(rivals_gpu.unsloth)
+    fast_lora = rivals_gpu.unsloth()
     base, (A, B), s = linear4bit(inputs.qw), _adapter(inputs), inputs.case.scaling
 
     def forward(x: Tensor) -> Tensor:
@@ -250,14 +250,14 @@ def unsloth(inputs: Inputs, W: Tensor) -> Layer:
 
 
 def unsloth_dequantize() -> Callable[..., Tensor]:
-    return _gpu(rivals_gpu.unsloth).fast_dequantize
+    return rivals_gpu.unsloth().fast_dequantize
 
 
 def lorafusion(dequantize: bool) -> Callable[[Inputs, Tensor], Layer]:
     """LoRAFusion's fused kernels: over a 16-bit weight, its own use, or over one that bitsandbytes dequantizes in each call."""
 
     def make(inputs: Inputs, W: Tensor) -> Layer:
-        fused = _gpu(rivals_gpu.lorafusion)
+        fused = rivals_gpu.lorafusion()
         (A, B), s, base = _adapter(inputs), inputs.case.scaling, W.clone()
         if dequantize:
             functional, held = need("bitsandbytes").functional, linear4bit(inputs.qw).weight
@@ -285,3 +285,11 @@ REGISTRY: dict[str, Callable[[Inputs, Tensor], Layer]] = {
     "lorafusion": lorafusion(dequantize=False),
     "lorafusion-nf4": lorafusion(dequantize=True),
 }
+
+GPU_ONLY = ("unsloth", "lorafusion", "lorafusion-nf4")
+CPU_ONLY = ("bnb-inference", "bnb-inference+peft")
+
+
+def on(device: torch.device, names: Iterable[str]) -> list[str]:
+    """Those that exist on the device."""
+    return [n for n in names if n not in (GPU_ONLY if device.type == "cpu" else CPU_ONLY)]

@@ -25,9 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
-class Unusable(Exception):
-    """The message says why."""
+from .suite import UnavailableError
 
 
 class _Stub(ModuleType):
@@ -65,11 +63,11 @@ def _root(variable: str, package: str) -> Path:
     if path := os.environ.get(variable):
         folder = Path(path) / package
         if not folder.is_dir():
-            raise Unusable(f"{variable}={path} holds no folder {package}")
+            raise UnavailableError(f"{variable}={path} holds no folder {package}")
         return folder
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        raise Unusable(f"not installed (or set {variable} to a checkout)")
+        raise UnavailableError(f"not installed (or set {variable} to a checkout)")
     return Path(next(iter(spec.submodule_search_locations)))
 
 
@@ -78,7 +76,7 @@ def _import(what: str, name: str, stubs: list[_Stub]) -> ModuleType:
         with _in_place_of(*stubs):
             return importlib.import_module(name)
     except Exception as e:  # whatever their import does without a GPU or a dependency
-        raise Unusable(f"{what} can't be imported: {type(e).__name__}: {e}") from None
+        raise UnavailableError(f"{what} can't be imported: {type(e).__name__}: {e}") from None
 
 
 @functools.cache
@@ -86,11 +84,11 @@ def unsloth() -> ModuleType:
     """`unsloth.kernels.fast_lora`, which also holds `fast_dequantize` and `matmul_lora`."""
     root = _root("UNSLOTH_PATH", "unsloth")
     if not torch.cuda.is_available():
-        raise Unusable("runs on a GPU only")
+        raise UnavailableError("runs on a GPU only")
     try:
         from packaging.version import Version
     except ImportError:
-        raise Unusable("needs the package packaging") from None
+        raise UnavailableError("needs the package packaging") from None
     kind = "hip" if torch.version.hip else "cuda"
     stubs = [
         _Stub("unsloth", root),
@@ -117,7 +115,7 @@ def lorafusion() -> Callable[..., Tensor]:
     """`fused_linear_lora(x [1, M, K], W, A, B, alpha, seed, dropout_p)`."""
     root = _root("LORAFUSION_PATH", "lorafusion")
     if not torch.cuda.is_available():
-        raise Unusable("runs on a GPU only")
+        raise UnavailableError("runs on a GPU only")
     stubs = [
         _Stub("lorafusion", root),
         _Stub("lorafusion.utils.benchmark"),

@@ -1,4 +1,4 @@
-"""A suite is a list of lines; a line is one problem that several contenders solve.  Here they are judged, timed and reported."""
+"""A suite is a list of lines; a line is one problem that several contenders solve.  They are judged and timed here."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import statistics
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,14 @@ from rich.table import Table
 
 from lora_kernels.testing import Results, error_floor, max_error, relative_error
 
-from .measure import Ceiling, Effort, Graph, Quartiles, Run, cache_bytes, ceiling, environment, interleave, ratio
+from .measure import Ceiling, Effort, Graph, Quartiles, Run, cache_bytes, ceiling, copies_of, environment, interleave, ratio
 
 OURS = "lora_kernels"
 FACTOR = {True: 2.0, False: 8.0}
 """Error allowed over that of plain torch at the same dtype: ours, a rival's."""
 
 
-class NotAvailable(Exception):
+class UnavailableError(Exception):
     """A rival can't take part; the message says why."""
 
 
@@ -55,10 +56,15 @@ class Line(ABC):
     label: str
     names: Sequence[str]
     device: torch.device
+    quick: bool = False
+
+    def copies(self, nbytes: int, most: int = 128) -> int:
+        """Copies of a weight, so that none is found in the cache; two in a quick run."""
+        return 2 if self.quick else copies_of(nbytes, self.device, most)
 
     @abstractmethod
     def build(self, name: str) -> Contender:
-        """Raises NotAvailable."""
+        """Raises UnavailableError."""
 
     @abstractmethod
     def judge(self, name: str, got: Results) -> str | None:
@@ -76,7 +82,9 @@ class Line(ABC):
         return None
 
     def release(self) -> None:
-        """Drops what the line holds, once it is measured."""
+        """Drops what the line has cached, once it is measured."""
+        for name in [n for n in self.__dict__ if isinstance(getattr(type(self), n, None), cached_property)]:
+            del self.__dict__[name]
 
 
 def mismatch(got: Results, want: Results, base: Results, dtype: torch.dtype, ours: bool) -> str | None:
@@ -117,7 +125,7 @@ def prepare(line: Line, names: Sequence[str]) -> tuple[dict[str, Contender], dic
         try:
             contender = line.build(name)
             wrong = line.judge(name, contender.outputs())
-        except NotAvailable as e:
+        except UnavailableError as e:
             status[name] = str(e)
             continue
         except Exception as e:  # a rival's failure is a result, ours too
@@ -231,7 +239,9 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Of each rival: worst, geometric mean and best of its median ratios, and where."""
     out: dict[str, Any] = {}
     for name in dict.fromkeys(n for row in rows for n in row["entries"]):
-        found = [(row["entries"][name]["ratio"]["median"], row["label"]) for row in rows if "ratio" in row["entries"].get(name, {})]
+        found = [
+            (row["entries"][name]["ratio"]["median"], row["label"]) for row in rows if "ratio" in row["entries"].get(name, {})
+        ]
         if found:
             mean = math.exp(statistics.fmean(math.log(r) for r, _ in found))
             worst, best = min(found), max(found)
@@ -250,9 +260,14 @@ def wrong_lines(result: dict[str, Any]) -> list[str]:
 
 
 def write_json(path: Path, result: dict[str, Any]) -> None:
+    write_text(path, json.dumps(result, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(result, indent=1) + "\n")
+    partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
 
 

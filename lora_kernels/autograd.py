@@ -173,7 +173,8 @@ def _rows(x: Tensor, weight: QuantizedWeight) -> Tensor:
             f"x must have last dimension K={weight.shape[-1]} to match weight {list(weight.shape)}, got {list(x.shape)}"
         )
     device_type = x.device.type
-    if torch.is_autocast_enabled(device_type) and x.dtype in WEIGHT_DTYPES:
+    autocast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)  # never on "meta"
+    if autocast and x.dtype in WEIGHT_DTYPES:
         x = x.to(torch.get_autocast_dtype(device_type))
     return x.reshape(-1, x.shape[-1])
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import sys
 import warnings
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from .finetune import Result, Settings
+    from .finetune import Result
 
 
 def _missing_extra(e: ModuleNotFoundError) -> str:
@@ -74,22 +75,16 @@ def main() -> None:
     app()
 
 
-def _quiet(model: str | None = None) -> Console:
-    """Silences other libraries' warnings (their errors stay) and keeps them off the network where the model is local."""
+def _quiet(model: str | Path | None = None) -> Console:
+    """Silences other libraries' warnings (their errors stay) and keeps them off the network where `model` is a path."""
     from rich.console import Console
 
     warnings.filterwarnings("ignore")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    if model is not None:
-        from .integrations.transformers import is_local
-
-        if is_local(model):
-            os.environ["HF_HUB_OFFLINE"] = "1"
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    for name in ("transformers", "accelerate", "torch", "bitsandbytes"):
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    if model is not None and Path(model).exists():
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    for name in ("accelerate", "torch", "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)
     return Console(highlight=False, soft_wrap=True)
 
@@ -149,21 +144,37 @@ def finetune(
     options |= {"data": str(data), "out": str(out), "target_modules": tuple(target_modules.split(","))}
     console = _quiet(model)
     from .finetune import Settings
-
-    _train(Settings(**options), resume, overwrite, console)
-
-
-def _train(settings: Settings, resume: bool, overwrite: bool, console: Console) -> Result:
     from .finetune import finetune as run
 
-    result = run(settings, resume, overwrite, console)
-    if result.interrupted:
-        again = f"lora-kernels finetune {settings.model} --data {settings.data} --out {settings.out} --resume"
-        console.print(f"adapter, log and curve so far: {result.dir}\ngo on with: {again} (and the options of this run)")
-        raise typer.Exit(130)
+    result = run(Settings(**options), resume, overwrite, console)
+    _stop_if_interrupted(result, console)
     losses = f"held-out loss {result.before:.4f} -> {result.after:.4f}, " if result.before is not None else ""
-    console.print(f"{losses}{result.log['tokens_per_second']:.0f} tokens/s\nadapter, log.json and loss.png: {result.dir}")
-    return result
+    console.print(f"{losses}{result.log['tokens_per_second']:.0f} tokens/s\nadapter, log.json and loss.png are in {result.dir}")
+
+
+def _stop_if_interrupted(result: Result, console: Console) -> None:
+    if result.interrupted:
+        command = [word for word in sys.argv[1:] if word not in ("--overwrite", "--resume")]
+        console.print(f"interrupted; adapter, log.json and loss.png up to here are in {result.dir}; go on with")
+        console.print(f"  lora-kernels {shlex.join([*command, '--resume'])}", markup=False)
+        raise typer.Exit(130)
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, Option("--dir", help="Folder for model, data and run.")] = Path("demo"),
+    minutes: Annotated[float, Option(help="Limit of the training itself.")] = 5.0,
+    resume: Annotated[bool, Option("--resume", help="Go on with an interrupted run.")] = False,
+) -> None:
+    """Fetch a small model, teach it Python's own docstrings, and show what came of it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    console = _quiet(folder)
+    from .demo import run
+
+    result = run(folder, minutes, resume, console)
+    _stop_if_interrupted(result, console)
+    if result.before is None or result.after is None or result.after >= result.before:
+        _fail("error: the held-out loss did not drop", 1)
 
 
 @app.command()
@@ -183,6 +194,92 @@ def generate(
     loaded, tokenizer, _ = _load(model, adapter)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     answer(loaded, tokenizer, prompt, max_new_tokens, temperature, streamer)
+
+
+@app.command()
+def merge(
+    model: Model,
+    adapter: Adapter,
+    out: Out,
+    dtype: Annotated[str, Option(help="Of the merged weights: bfloat16, float16 or float32.")] = "bfloat16",
+) -> None:
+    """Write MODEL with the adapter in its weights as a dense folder."""
+    console = _quiet(model)
+    import torch
+
+    from .finetune import load_with_adapter
+    from .integrations.transformers import check_new_folder, save_merged
+
+    dtypes = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+    if dtype not in dtypes:
+        raise ValueError(f"--dtype must be one of {', '.join(dtypes)}, got {dtype!r}")
+    check_new_folder(out)
+    loaded, tokenizer, how = load_with_adapter(model, adapter, dtypes[dtype])
+    save_merged(loaded, tokenizer, out, dtypes[dtype])
+    console.print(f"base      {model}, {how}\nadapter   {adapter}")
+    console.print(f"merged    dequantized base + scaling B A in float32, rounded once to {dtype}: {out}", markup=False)
+
+
+# ---- looking at and converting
+
+
+@app.command()
+def quantize(
+    model: Model, out: Out, quant_type: QuantType = "nf4", blocksize: Blocksize = 64, double_quant: DoubleQuant = True
+) -> None:
+    """Write MODEL in 4 bits, in the checkpoint format of bitsandbytes that transformers loads."""
+    console = _quiet(model)
+    from .finetune import pick_device, pick_dtype
+    from .formats import check_blocksize, check_quant_type
+    from .integrations.transformers import check_new_folder, load_model, save_quantized
+    from .model import apply_qlora, fused_layers
+
+    check_quant_type(quant_type)
+    check_blocksize(blocksize)
+    check_new_folder(out)
+    loaded, tokenizer = load_model(model, pick_dtype(pick_device()))
+    if fused_layers(loaded):
+        raise ValueError(f"MODEL {model} is in 4 bits already")
+    apply_qlora(loaded, r=0, quant_type=quant_type, blocksize=blocksize, double_quant=double_quant)
+    save_quantized(loaded, tokenizer, out)
+    weights = [layer.quantized_weight for layer in fused_layers(loaded).values()]
+    bits = 8 * sum(w.nbytes for w in weights) / sum(w.numel for w in weights)
+    console.print(f"{len(weights)} linear layers in {quant_type}, {bits:.2f} bits a weight: {out}", markup=False)
+
+
+@app.command()
+def verify(
+    model: Model,
+    adapter: OptionalAdapter = None,
+    strict: Annotated[bool, Option("--strict", help="Exit 1 if a layer that should be fused is not.")] = False,
+) -> None:
+    """Say of every linear layer of MODEL whether it runs in fused kernels, by which backend, and why."""
+    console = _quiet(model)
+    from rich.table import Table
+
+    from .model import verify as report_on
+
+    loaded, _, _ = _load(model, adapter)
+    report = report_on(loaded)
+    table = Table("layer", "fused", "backend", "adapter", "why", box=None, padding=(0, 2, 0, 0))
+    for row in report.rows:
+        table.add_row(row.name, "yes" if row.fused else "no", row.backend or "-", row.adapter or "-", row.reason)
+    console.print(table)
+    console.print(f"{len(report.fused)} of {len(report.rows)} linear layers fused")
+    if strict:
+        try:
+            report_on(loaded, strict=True)
+        except RuntimeError as e:
+            _fail(f"error: {e}", 1)
+
+
+@app.command()
+def doctor() -> None:
+    """Show versions and devices, which backend each device gets and why, and how to get a better one."""
+    console = _quiet()
+    from .doctor import report
+
+    report(console)
 
 
 if __name__ == "__main__":

@@ -18,10 +18,12 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, TypedDict, TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 ROLES = ("system", "user", "assistant", "tool")
 ACCEPTED = (
@@ -208,18 +210,18 @@ def _plain_spans(record: Record, tokenizer: Any) -> tuple[str, list[str]]:
 # ---- splitting and batching
 
 
-def split(n: int, eval_fraction: float, seed: int) -> tuple[list[int], list[int]]:
-    """Indices of the training and the held-out part of `n` examples, drawn with `seed`.
+def split(items: Sequence[T], eval_fraction: float, seed: int) -> tuple[list[T], list[T]]:
+    """The training and the held-out part of `items`, drawn with `seed`.
 
     Raises:
-        ValueError: a part would be empty, though `eval_fraction` is not 0.
+        ValueError: nothing would be left to train on.
     """
-    order = list(range(n))
+    order = list(range(len(items)))
     random.Random(seed).shuffle(order)
-    held_out = max(1, round(n * eval_fraction)) if eval_fraction else 0
-    if held_out >= n:
-        raise ValueError(f"--eval-fraction {eval_fraction} of {n} usable records leaves none to train on")
-    return sorted(order[held_out:]), sorted(order[:held_out])
+    n = max(1, round(len(items) * eval_fraction)) if eval_fraction else 0
+    if n >= len(items):
+        raise ValueError(f"--eval-fraction {eval_fraction} of {len(items)} usable records leaves none to train on")
+    return [items[i] for i in sorted(order[n:])], [items[i] for i in sorted(order[:n])]
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from transformers import TrainingArguments
 
 from . import backends
 from .adapter import CONFIG, WEIGHTS, load_adapter, save_adapter
-from .data import Collator, Example, encode, read_records, split
+from .data import Collator, Example, Record, encode, read_records, split
 from .formats import check_blocksize, check_quant_type, dtype_name
 from .integrations.transformers import add_adapters, load_model
 from .model import apply_qlora, fused_layers
@@ -272,7 +272,7 @@ class Result:
         return self.log["held_out"][-1]["loss"] if self.log["held_out"] else None
 
 
-Hook = Callable[[Any, Any], None]
+Hook = Callable[[Any, Any, list[Record]], None]
 
 
 def finetune(
@@ -289,7 +289,8 @@ def finetune(
         resume: go on with the run in `settings.out`.
         overwrite: replace the run in `settings.out`.
         console: where progress goes; None for stdout.
-        before, after: called with model and tokenizer when the adapters are in place, and when they are trained.
+        before, after: called with model, tokenizer and held-out records when the adapters are in place, and
+            when they are trained.
 
     Raises:
         ValueError: bad data, settings, model or folder; nothing was written.
@@ -301,24 +302,24 @@ def finetune(
     with console.status(f"loading {settings.model}"):
         model, tokenizer = load_model(settings.model, settings.torch_dtype)
         encoded = encode(records, tokenizer, settings.max_length)
-    examples = [example for example in encoded if example is not None]
-    if not examples:
+    usable = [(record, example) for record, example in zip(records, encoded, strict=True) if example is not None]
+    if not usable:
         raise ValueError(f"--max-length {settings.max_length} leaves no record with an answer to learn from")
-    train, held_out = split(len(examples), settings.eval_fraction, settings.seed)
+    train, held_out = split(usable, settings.eval_fraction, settings.seed)
     if run.step >= settings.steps(len(train)):
         raise ValueError(f"--resume: the run has done its {run.step} steps; more need a higher --epochs or --max-steps")
     with console.status("quantizing"):
         _quantize(model, settings)
 
     facts = _facts(model, settings) | {"train_records": len(train), "held_out_records": len(held_out)}
-    facts["left_out_records"] = len(records) - len(examples)
+    facts["left_out_records"] = len(records) - len(usable)
     console.print(_headline(facts))
     if before is not None:
-        before(model.to(settings.torch_device), tokenizer)
+        before(model.to(settings.torch_device), tokenizer, [record for record, _ in held_out])
     run.start(facts)
     evals = settings.evals if held_out else 0
     monitor = Monitor(run.log, run.write, console, settings.max_minutes, evals, settings.save_steps)
-    trainer = _trainer(settings, model, tokenizer, [examples[i] for i in train], [examples[i] for i in held_out], monitor)
+    trainer = _trainer(settings, model, tokenizer, [e for _, e in train], [e for _, e in held_out], monitor)
     if held_out and run.checkpoint is None:
         trainer.evaluate()
     with monitor.watch():
@@ -331,7 +332,7 @@ def finetune(
             trainer.evaluate()
             run.save(model)
         if after is not None:
-            after(model, tokenizer)
+            after(model, tokenizer, [record for record, _ in held_out])
     return Result(run.dir, run.log, monitor.interrupted)
 
 
@@ -429,9 +430,8 @@ def load_with_adapter(model: str, adapter: Path | None, dtype: torch.dtype) -> t
         how = "4 bits already"
     else:
         apply_qlora(loaded, r=0, **quant)
-        how = (
-            f"quantized to {quant['quant_type']}, blocksize {quant['blocksize']}, double_quant={quant['double_quant']} ({how})"
-        )
+        what = f"{quant['quant_type']}, blocksize {quant['blocksize']}, double_quant={quant['double_quant']}"
+        how = f"quantized to {what} ({how})"
     if adapter is not None:
         load_adapter(loaded, adapter)
     return loaded.eval(), tokenizer, how

@@ -63,8 +63,8 @@ class Inputs:
     case: Case
     x: Tensor
     qw: QuantizedWeight
-    lora_A: Tensor | None
-    lora_B: Tensor | None
+    lora_A: Tensor | None  # noqa: N815
+    lora_B: Tensor | None  # noqa: N815
     bias: Tensor | None
     dy: Tensor
     seed: Tensor | None
@@ -162,8 +162,8 @@ def oracle(inputs: Inputs) -> Results:
 def plain(inputs: Inputs) -> Results:
     """The path without fused kernels: dequantize, matmul, two LoRA products, add, each rounded to the dtype of x."""
     dtype = inputs.x.dtype
-    leaves = {"dx": inputs.x, "dA": inputs.lora_A, "dB": inputs.lora_B, "dbias": inputs.bias}
-    leaves = {k: t.detach().clone().requires_grad_() for k, t in leaves.items() if t is not None}
+    given = {"dx": inputs.x, "dA": inputs.lora_A, "dB": inputs.lora_B, "dbias": inputs.bias}
+    leaves = {k: t.detach().clone().requires_grad_() for k, t in given.items() if t is not None}
     bias = leaves["dbias"].to(dtype) if "dbias" in leaves else None
     y = torch.nn.functional.linear(leaves["dx"], decode(inputs.qw, dtype), bias)
     out = {}

@@ -232,16 +232,16 @@ def test_bad_files_change_nothing(name, saved, tmp_path):
 
 
 def test_bad_models(saved):
-    with pytest.raises(ValueError, match="no FusedQLoRALinear: call apply_qlora first"):
+    with pytest.raises(ValueError, match=r"no FusedQLoRALinear: call apply_qlora first"):
         lk.load_adapter(tiny_llama(), saved)
     other_rank = qlora_llama(r=3)
     before = model_bytes(other_rank)
-    with pytest.raises(ValueError, match="adapter 'default' of rank 3, the file one of rank 4"):
+    with pytest.raises(ValueError, match=r"adapter 'default' of rank 3, the file one of rank 4"):
         lk.load_adapter(other_rank, saved)
     assert_same_state(model_bytes(other_rank), before)
     merged = qlora_llama()
     list(fused_layers(merged).values())[-1].merge()
-    with pytest.raises(ValueError, match="merged into its weight.*unmerge"):
+    with pytest.raises(ValueError, match=r"merged into its weight.*unmerge"):
         lk.load_adapter(merged, saved, adapter="other")
     assert all(list(layer.adapters) == ["default"] for layer in fused_layers(merged).values())
 

@@ -93,11 +93,11 @@ def test_forced_backend_that_cannot_run(monkeypatch):
 
 
 def test_unknown_names(monkeypatch):
-    with pytest.raises(ValueError, match="backend must be one of .*reference, got 'cutlass'"), lk.use_backend("cutlass"):
+    with pytest.raises(ValueError, match=r"backend must be one of .*reference, got 'cutlass'"), lk.use_backend("cutlass"):
         pass
     assert backends.forced() is None
     monkeypatch.setenv("LORA_KERNELS_BACKEND", "fast")
-    with pytest.raises(ValueError, match="LORA_KERNELS_BACKEND must be one of .*reference, got 'fast'"):
+    with pytest.raises(ValueError, match=r"LORA_KERNELS_BACKEND must be one of .*reference, got 'fast'"):
         lk.quantize(torch.randn(3, 64))
     monkeypatch.setenv("LORA_KERNELS_BACKEND", "")
     assert backends.forced() is None
@@ -127,8 +127,9 @@ from conftest import run_ops
 assert _C.cpu_level() == {level!r}, _C.cpu_level()
 done = 0
 with lk.use_backend("native"):
+    shapes = [(0, 5, 7, 1), (1, 33, 100, 3), (17, 70, 129, 8), (65, 48, 320, 40), (3, 64, 576, 16), (33, 1, 1, 0)]
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        for i, (M, N, K, r) in enumerate([(0, 5, 7, 1), (1, 33, 100, 3), (17, 70, 129, 8), (65, 48, 320, 40), (3, 64, 576, 16), (33, 1, 1, 0)]):
+        for i, (M, N, K, r) in enumerate(shapes):
             case = Case(M, N, K, r, dtype, ["nf4", "fp4"][i % 2], [64, 32, 512][i % 3], i % 2 == 0, True, 0.2 if r else 0.0)
             inputs = make_inputs(case, {seed} + i)
             assert_close_to_oracle(run_ops(inputs), inputs)

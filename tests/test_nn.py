@@ -433,9 +433,9 @@ def test_merged_layers_move_and_save():
     assert not fresh.merged
     same_weight(fresh.quantized_weight, original)
     for call in (layer.merge, lambda: layer.set_adapter(None), lambda: layer.delete_adapter("default")):
-        with pytest.raises(RuntimeError, match="merged into the weight.*unmerge"):
+        with pytest.raises(RuntimeError, match=r"merged into the weight.*unmerge"):
             call()
-    with pytest.raises(RuntimeError, match="merged into the weight.*unmerge"):
+    with pytest.raises(RuntimeError, match=r"merged into the weight.*unmerge"):
         layer.add_adapter("other", AdapterConfig(4, 8))
 
 

@@ -363,7 +363,7 @@ def test_philox_known_answers():
 
 def mask_of(backend, seed, shape, p):
     """The factors of a dropout mask through the ops: h of an identity adapter for an input of ones."""
-    M, K = shape
+    _, K = shape
     qw = lk.quantize(torch.zeros(1, K), double_quant=False)
     seed = torch.tensor([seed])
     x = torch.ones(shape)

@@ -17,7 +17,7 @@ STORAGE = (torch.uint8, torch.bfloat16, torch.float16, torch.float32)
 
 
 def random_weight(generator: torch.Generator, index: int) -> torch.Tensor:
-    """A weight of the kind `index`: sizes at random, odd ones and short last blocks among them, and a list of nasty contents."""
+    """A weight of the kind `index`: random sizes, odd ones and short last blocks among them, nasty contents."""
 
     def integer(low: int, high: int) -> int:
         return int(torch.randint(low, high, (), generator=generator))
@@ -137,7 +137,7 @@ def test_non_finite_is_refused(backend, value, dtype, place):
     weight = torch.randn(1, 64 * 65 + 5).to(dtype)
     lk.quantize(weight)
     weight[0, place] = value
-    with pytest.raises(ValueError, match="weight.*NaN or infinity"):
+    with pytest.raises(ValueError, match=r"weight.*NaN or infinity"):
         lk.quantize(weight)
 
 

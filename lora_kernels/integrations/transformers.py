@@ -215,10 +215,15 @@ def save_merged(model: Any, tokenizer: Any, out: str | os.PathLike[str], dtype: 
     _save_folder(model.to(dtype), tokenizer, out, None)
 
 
+def check_new_folder(out: str | os.PathLike[str]) -> Path:
+    """`out` as a path; raises ValueError if there is something of that name."""
+    if Path(out).exists():
+        raise ValueError(f"--out {out} exists already: name a folder that does not")
+    return Path(out)
+
+
 def _save_folder(model: Any, tokenizer: Any, out: str | os.PathLike[str], state: dict[str, Tensor] | None) -> None:
-    out = Path(out)
-    if out.exists():
-        raise ValueError(f"--out {out} exists already")
+    out = check_new_folder(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     tmp = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(tmp, ignore_errors=True)

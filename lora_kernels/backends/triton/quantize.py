@@ -64,9 +64,10 @@ def quantize_blocks(
     if not NF4:
         order = tl.full(code.shape, FP4_ORDER, tl.int64)
         code = ((order >> (4 * code).to(tl.int64)) & 15).to(tl.int32)
-    high, low = tl.split(tl.reshape(code, (N_BLOCKS, BLOCKSIZE // 2, 2)))
+    nibble = 16 - 15 * tl.arange(0, 2)  # the first of two elements is the high half of their byte
+    pair = tl.sum(tl.reshape(code, (N_BLOCKS, BLOCKSIZE // 2, 2)) * nibble[None, None, :], axis=2)
     byte = block[:, None] * (BLOCKSIZE // 2) + tl.arange(0, BLOCKSIZE // 2)[None, :]
-    tl.store(packed + byte, ((high << 4) | low).to(tl.uint8), mask=byte * 2 < count)
+    tl.store(packed + byte, pair.to(tl.uint8), mask=byte * 2 < count)
 
 
 @triton.jit

@@ -1,0 +1,88 @@
+"""What `lora-kernels doctor` shows: versions, devices, and for each device its backend and what bars a better one."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from . import backends
+from .version import __version__
+
+PACKAGES = ("torch", "triton", "transformers", "peft", "trl", "accelerate", "datasets", "safetensors", "bitsandbytes")
+FEATURES = ("avx2", "avx512_f", "avx512_bf16", "avx512_vnni", "amx_bf16", "neon", "sve", "bf16")
+
+
+def report(console: Console) -> None:
+    """Prints the whole report."""
+    console.print(_rows({"lora_kernels": __version__, "python": platform.python_version(), **_versions(), **_devices()}))
+    console.print()
+    forced = backends.forced()
+    if forced:
+        console.print(f"LORA_KERNELS_BACKEND forces {forced!r} on every device")
+    for device in _torch_devices():
+        console.print(_choice(device), soft_wrap=True, markup=False)
+
+
+def _rows(rows: dict[str, str]) -> Table:
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found | {"compiler": _compiler()}
+
+
+def _compiler() -> str:
+    path = shutil.which(os.environ.get("CXX") or "c++") or shutil.which("g++") or shutil.which("clang++")
+    if path is None:
+        return "none: install g++ to build the C++ backend"
+    return subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout.splitlines()[0]
+
+
+def _devices() -> dict[str, str]:
+    cpu = torch.cpu.get_capabilities()
+    features = ", ".join(name for name in FEATURES if cpu.get(name)) or "none of interest"
+    rows = {"cpu": f"{cpu.get('cpu_name') or platform.machine()}, {torch.get_num_threads()} threads, {features}"}
+    try:
+        from . import _C
+
+        rows["native level"] = f"{_C.cpu_level()} (LORA_KERNELS_CPU_ISA chooses another)"
+    except ImportError:
+        rows["native level"] = "not built"
+    for i in range(torch.cuda.device_count()):
+        p = torch.cuda.get_device_properties(i)
+        rows[f"cuda:{i}"] = f"{p.name}, sm_{p.major}{p.minor}, {p.total_memory / 1e9:.0f} GB"
+    return rows
+
+
+def _torch_devices() -> list[torch.device]:
+    return [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
+
+
+def _choice(device: torch.device) -> str:
+    """Which backend `device` gets, and what stands in the way of each better one."""
+    try:
+        chosen = backends.pick(device).__name__.rpartition(".")[2]
+    except RuntimeError as e:
+        return f"{device}: no backend: {e}"
+    lines = [f"{device}: {chosen}"]
+    for name, reason in backends.choices(device):
+        if name == chosen:
+            break
+        lines.append(f"  better: {name}; not now: {reason or 'another is forced'}")
+    return "\n".join(lines) + ("" if len(lines) > 1 else ", the best there is for it")
