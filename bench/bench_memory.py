@@ -30,14 +30,14 @@ from . import cases
 from .bench_layer import TRAIN_NAMES
 from .measure import environment
 from .rivals import REGISTRY, on
-from .suite import OURS, UnavailableError, print_summary, summary
+from .suite import OURS, UnavailableError, print_summary, summary, threads_text
 
 MB = 1e6
 
 
 def run_suite(device: torch.device, against: Sequence[str], console: Console, quick: bool, only: str = "") -> dict[str, Any]:
     env = environment(device)
-    console.print(f"[bold]memory[/bold] on {env['device']}, {env['threads']} threads, backend {env['backend']}")
+    console.print(f"[bold]memory[/bold] on {env['device']}, {threads_text(env)}, backend {env['backend']}")
     rows = []
     for case in cases.memory(device, quick):
         label = f"{case.N}x{case.K}  M={case.M}  r={case.r}"

@@ -223,7 +223,7 @@ class TrainStep(_ModelLine):
         self.ids = [torch.randint(0, vocab, (batch, length), generator=generator).to(device) for _ in range(4)]
 
     def shape(self) -> dict[str, Any]:
-        return {"model": self.model, "batch": self.batch, "length": self.length}
+        return {"model": Path(self.model).name, "batch": self.batch, "length": self.length}
 
     def rate(self) -> tuple[str, float]:
         return "tokens", float(self.batch * self.length)
@@ -324,7 +324,7 @@ class Decode(_ModelLine):
         self.ids = torch.randint(0, base.net.config.vocab_size, (1, prompt), generator=generator).to(device)
 
     def shape(self) -> dict[str, Any]:
-        return {"model": self.model, "prompt": self.ids.shape[1], "new": self.new}
+        return {"model": Path(self.model).name, "prompt": self.ids.shape[1], "new": self.new}
 
     def rate(self) -> tuple[str, float]:
         return "tokens", float(self.new)

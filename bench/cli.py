@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -23,6 +24,7 @@ from .measure import QUICK, Effort
 from .plot import draw
 from .suite import OURS, Line, run_suite, write_json, wrong_lines
 
+warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 app = typer.Typer(help="Benchmarks of lora_kernels, side by side with what one would use instead.", no_args_is_help=True)
 
 SUITES = ("quantize", "decode_absmax", "dequantize", "forward", "train_layer", "memory", "train_step", "decode")
@@ -89,7 +91,7 @@ def run(
     plot: Annotated[Path | None, typer.Option(help="picture, or a folder that gets SUITE.png")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: torch's own choice")] = None,
     quick: Annotated[bool, typer.Option(help="tiny shapes and three rounds: to see that it works, not to compare")] = False,
-    seconds: Annotated[float, typer.Option(min=0.0, help="time a contender gets on one line, at least nine rounds")] = 0.3,
+    seconds: Annotated[float, typer.Option(min=0.0, help="time a contender gets on one line, and seven rounds at least")] = 0.2,
     model: Annotated[str | None, typer.Option(help="train_step and decode: a model folder, or a shape's name")] = None,
     layers: Annotated[int | None, typer.Option(min=1, help="train_step and decode: only the first layers")] = None,
     batch: Annotated[int, typer.Option(min=1, help="train_step: sequences")] = 4,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .plot import draw
-from .suite import GRAPH, OURS, time_text, write_text
+from .suite import GRAPH, OURS, threads_text, time_text, write_text
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 ROOT = Path(__file__).parent.parent
@@ -72,7 +72,7 @@ def _machine(result: dict[str, Any]) -> str:
     versions = [
         f"{n} {v}" for n, v in result["versions"].items() if v and n in ("torch", "triton", "bitsandbytes", "peft", "torchao")
     ]
-    where = [f"{result['threads']} threads"] if not result["driver"] else [f"driver {result['driver']}"]
+    where = [threads_text(result)] if not result["driver"] else [f"driver {result['driver']}"]
     if isa := result.get("isa"):
         where.append(isa)
     return f"{', '.join([*where, *versions])}; {result['date'][:10]}, commit {result['commit']}."

@@ -121,6 +121,12 @@ def lorafusion() -> Callable[..., Tensor]:
         _Stub("lorafusion.utils.benchmark"),
         _Stub("lorafusion.utils.testing"),
     ]
+    import triton.language as tl
+
+    if not hasattr(tl, "_experimental_descriptor_load"):  # its TMA kernels want an older Triton; it has the same without TMA
+        tiles = "lorafusion.ops.triton_ops"
+        stubs += [_Stub(f"{tiles}.fused_lora_{k}_tma") for k in ("xw_sb", "dyw_dsa")]
+        stubs.append(_Stub(f"{tiles}.tma_utils", HAS_TMA_DESC=False))
     if importlib.util.find_spec("loguru") is None:
         stubs.append(_Stub("loguru", logger=_Stub("logger")))
     return _import("LoRAFusion", "lorafusion.ops.lora_v1", stubs).fused_linear_lora

@@ -206,7 +206,7 @@ def run_suite(
     """Measures every line, prints as it goes, and returns what belongs in the JSON file."""
     top = ceiling(device, quick)
     env = environment(device)
-    console.print(f"[bold]{suite}[/bold] on {env['device']}, {env['threads']} threads, backend {env['backend']}")
+    console.print(f"[bold]{suite}[/bold] on {env['device']}, {threads_text(env)}, backend {env['backend']}")
     console.print(f"measured ceilings: copy {top.copy / 1e9:.0f} GB/s, bf16 matrix product {top.gemm / 1e9:.0f} GFLOP/s")
     rows = []
     for line in lines:
@@ -274,6 +274,14 @@ def write_text(path: Path, text: str) -> None:
 # ---- printing
 
 
+def threads_text(env: dict[str, Any]) -> str:
+    return f"{env['threads']} thread" + "s" * (env["threads"] != 1)
+
+
+def number_text(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def time_text(seconds: float) -> str:
     for unit, scale in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)):
         if seconds * scale >= 1 or unit == "µs":
@@ -296,7 +304,7 @@ def _print_line(console: Console, line: Line, entries: dict[str, Entry]) -> None
         cells.append(f"{entry.ratio.median:.2f}x  [{entry.ratio.q1:.2f}, {entry.ratio.q3:.2f}]" if entry.ratio else "")
         for column in columns:
             value = entry.detail.get(column)
-            cells.append("" if value is None else f"{value:.0%}" if column == "of_ceiling" else f"{value:.3g}")
+            cells.append("" if value is None else f"{value:.0%}" if column == "of_ceiling" else number_text(value))
         cold = line.device.type == "cuda" or entry.detail["copies"] * entry.detail["weight_bytes"] > cache_bytes(line.device)
         cells.append("cold" if cold else "in cache")
         table.add_row(name, *cells, style="bold" if name.startswith(OURS) else None)
@@ -304,7 +312,8 @@ def _print_line(console: Console, line: Line, entries: dict[str, Entry]) -> None
 
 
 def print_summary(console: Console, result: dict[str, Any]) -> None:
-    console.print(f"[bold]{result['suite']}: how much faster ours is, worst line, geometric mean, best line[/bold]")
+    what = "how much more memory the others need" if result["suite"] == "memory" else "how much faster ours is"
+    console.print(f"[bold]{result['suite']}: {what}, worst line, geometric mean, best line[/bold]")
     for name, s in result["summary"].items():
         worst, best = f"{s['worst']:.2f}x ({s['worst_at']})", f"{s['best']:.2f}x ({s['best_at']})"
         where = f"{s['worst']:.2f}x" if len(result["rows"]) == 1 else f"worst {worst}, mean {s['mean']:.2f}x, best {best}"

@@ -122,7 +122,11 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter: s
         match = re.fullmatch(rf"{re.escape(_PREFIX)}(.+)\.(lora_[AB])\.weight", key)
         if match is None:
             raise ValueError(f"{directory / WEIGHTS}: {key} is not a LoRA matrix of a linear layer")
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{directory / WEIGHTS}: {key} contains NaN or infinity")
         pairs.setdefault(match[1], {})[match[2]] = tensor
+    if not pairs:
+        raise ValueError(f"{directory / WEIGHTS} holds no LoRA matrices")
     plan = {name: _plan(directory, name, pair, layers, config, adapter) for name, pair in pairs.items()}
     for name, adapter_config in plan.items():
         layer = layers[name]

@@ -229,7 +229,6 @@ def quantize(
 ) -> None:
     """Write MODEL in 4 bits, in the checkpoint format of bitsandbytes that transformers loads."""
     console = _quiet(model)
-    from .finetune import pick_device, pick_dtype
     from .formats import check_blocksize, check_quant_type
     from .integrations.transformers import check_new_folder, load_model, save_quantized
     from .model import apply_qlora, fused_layers
@@ -237,7 +236,7 @@ def quantize(
     check_quant_type(quant_type)
     check_blocksize(blocksize)
     check_new_folder(out)
-    loaded, tokenizer = load_model(model, pick_dtype(pick_device()))
+    loaded, tokenizer = load_model(model)
     if fused_layers(loaded):
         raise ValueError(f"MODEL {model} is in 4 bits already")
     apply_qlora(loaded, r=0, quant_type=quant_type, blocksize=blocksize, double_quant=double_quant)
@@ -255,13 +254,14 @@ def verify(
 ) -> None:
     """Say of every linear layer of MODEL whether it runs in fused kernels, by which backend, and why."""
     console = _quiet(model)
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from .model import verify as report_on
 
     loaded, _, _ = _load(model, adapter)
     report = report_on(loaded)
-    table = Table("layer", "fused", "backend", "adapter", "why", box=None, padding=(0, 2, 0, 0))
+    narrow = [Column(name, no_wrap=True) for name in ("layer", "fused", "backend", "adapter")]
+    table = Table(*narrow, Column("why", overflow="fold"), box=None, padding=(0, 2, 0, 0))
     for row in report.rows:
         table.add_row(row.name, "yes" if row.fused else "no", row.backend or "-", row.adapter or "-", row.reason)
     console.print(table)

@@ -74,7 +74,7 @@ def prepare_data(folder: Path, console: Console) -> Path:
         tmp = out.with_name(f".{out.name}.tmp")
         with tempfile.TemporaryDirectory() as elsewhere:
             environment = {**os.environ, "PYTHONHASHSEED": "0"}
-            command = [sys.executable, Path(docstrings.__file__).resolve(), tmp.resolve()]
+            command = [sys.executable, docstrings.__file__, str(tmp.resolve())]
             subprocess.run(command, check=True, env=environment, cwd=elsewhere, stdin=subprocess.DEVNULL)
         tmp.replace(out)
     with out.open() as lines:

@@ -19,7 +19,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import psutil
+import psutil  # type: ignore[import-untyped]
 import torch
 from rich.console import Console
 from torch import nn

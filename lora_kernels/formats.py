@@ -178,7 +178,7 @@ class QuantizedWeight:
         meta: dict[str, Any] = {"quant_type": self.quant_type, "blocksize": self.blocksize}
         meta |= {"dtype": dtype_name(self.dtype), "shape": list(self.shape)}
         out = {prefix: self.packed, f"{prefix}.absmax": self.absmax}
-        out[f"{prefix}.quant_map"] = codebook(self.quant_type).to(self.device)
+        out[f"{prefix}.quant_map"] = codebook(self.quant_type).to(self.device, copy=True)
         if self.double_quant:
             assert self.absmax2 is not None and self.code2 is not None and self.offset is not None
             out[f"{prefix}.nested_absmax"] = self.absmax2
@@ -274,7 +274,7 @@ class QuantizedWeight:
         state = QuantState(
             absmax=self.absmax,
             shape=torch.Size(self.shape),
-            code=codebook(self.quant_type).to(self.device),
+            code=codebook(self.quant_type).to(self.device, copy=True),
             blocksize=self.blocksize,
             quant_type=self.quant_type,
             dtype=self.dtype,

@@ -14,7 +14,7 @@ from torch import nn
 
 from . import backends
 from .formats import check_blocksize, check_quant_type, check_storage
-from .nn import AdapterConfig, FusedQLoRALinear, InputGroup
+from .nn import AdapterConfig, FusedQLoRALinear, InputGroup, check_compute_dtype
 
 
 def fused_layers(model: nn.Module) -> dict[str, FusedQLoRALinear]:
@@ -78,6 +78,7 @@ def apply_qlora(
     adapter = AdapterConfig(r, lora_alpha, lora_dropout, use_rslora) if r else None
     check_quant_type(quant_type)
     check_blocksize(blocksize)
+    check_compute_dtype(compute_dtype)
     if isinstance(model, (nn.Linear, FusedQLoRALinear)):
         raise ValueError("model is itself a linear layer, which can't be replaced in place: use FusedQLoRALinear.from_linear")
     for name, module in model.named_modules():
@@ -172,8 +173,11 @@ def set_adapter(model: nn.Module, name: str | None) -> None:
 
     Raises:
         ValueError: no layer has an adapter of that name.
+        RuntimeError: an adapter is merged into its layer's weight.  The model is unchanged then.
     """
     layers = fused_layers(model).values()
+    for layer in layers:
+        layer.require_unmerged("set_adapter")
     known = sorted({a for layer in layers for a in layer.adapters})
     if name is not None and name not in known:
         raise ValueError(f"there is no adapter {name!r} in the model; adapters: {', '.join(known) or 'none'}")

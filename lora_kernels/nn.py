@@ -42,6 +42,11 @@ class AdapterConfig:
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
 
+def check_compute_dtype(dtype: torch.dtype | None, name: str = "compute_dtype") -> None:
+    if dtype is not None and dtype not in WEIGHT_DTYPES:
+        raise ValueError(f"{name} must be None or one of {', '.join(map(dtype_name, WEIGHT_DTYPES))}, got {dtype}")
+
+
 @dataclass(frozen=True)
 class MergeReport:
     """What requantization left of a merged update: with dW the update, dQ the change of the dequantized weight.
@@ -111,9 +116,7 @@ class FusedQLoRALinear(nn.Module):
     def _setup(
         self, qw: QuantizedWeight, bias: Tensor | None, compute_dtype: torch.dtype | None, adapter: AdapterConfig | None
     ) -> None:
-        if compute_dtype is not None and compute_dtype not in WEIGHT_DTYPES:
-            accepted = ", ".join(map(dtype_name, WEIGHT_DTYPES))
-            raise ValueError(f"compute_dtype must be None or one of {accepted}, got {compute_dtype}")
+        check_compute_dtype(compute_dtype)
         super().__init__()
         self.out_features, self.in_features = qw.shape
         self.compute_dtype = compute_dtype
@@ -178,8 +181,11 @@ class FusedQLoRALinear(nn.Module):
             compute_dtype: as in the class; None takes the layer's own.
 
         Raises:
+            TypeError: `linear` is no `Linear4bit`.
             ValueError: the layer is not quantized yet, or bitsandbytes repacked it for CPU inference.
         """
+        if not hasattr(getattr(linear, "weight", None), "quant_state"):
+            raise TypeError(f"linear must be a bitsandbytes.nn.Linear4bit, got {type(linear).__name__}")
         adapter = AdapterConfig(r, lora_alpha, lora_dropout, use_rslora) if r else None
         qw = QuantizedWeight.from_bitsandbytes(linear.weight)
         return cls._build(qw, linear.bias, compute_dtype or linear.compute_dtype, adapter, linear.training)
@@ -249,7 +255,7 @@ class FusedQLoRALinear(nn.Module):
             raise ValueError(f"adapter name must be a non-empty string without a dot, got {name!r}")
         if name in self.adapters:
             raise ValueError(f"adapter {name!r} exists already; adapters of this layer: {', '.join(self.adapters)}")
-        self._require_unmerged("add_adapter")
+        self.require_unmerged("add_adapter")
         factory: dict[str, Any] = {"bias": False, "device": self.weight.device, "dtype": torch.float32}
         self.lora_A[name] = nn.Linear(self.in_features, config.r, **factory)
         self.lora_B[name] = nn.Linear(config.r, self.out_features, **factory)
@@ -265,7 +271,7 @@ class FusedQLoRALinear(nn.Module):
         """
         if name is not None:
             self._require_adapter(name)
-        self._require_unmerged("set_adapter")
+        self.require_unmerged("set_adapter")
         self.active_adapter = name
         for matrices in (self.lora_A, self.lora_B):
             for other, matrix in matrices.items():
@@ -274,7 +280,7 @@ class FusedQLoRALinear(nn.Module):
     def delete_adapter(self, name: str) -> None:
         """Removes an adapter; if it was the active one, none is active.  Raises ValueError if there is none of that name."""
         self._require_adapter(name)
-        self._require_unmerged("delete_adapter")
+        self.require_unmerged("delete_adapter")
         del self.lora_A[name], self.lora_B[name], self.adapters[name]
         if self.active_adapter == name:
             self.active_adapter = None
@@ -287,7 +293,8 @@ class FusedQLoRALinear(nn.Module):
         if name not in self.adapters:
             raise ValueError(f"there is no adapter {name!r}; adapters of this layer: {', '.join(self.adapters) or 'none'}")
 
-    def _require_unmerged(self, what: str) -> None:
+    def require_unmerged(self, what: str) -> None:
+        """Raises RuntimeError, naming `what` could not be done, if an adapter is merged."""
         if self.merged:
             raise RuntimeError(f"{what}: adapter {self.active_adapter!r} is merged into the weight; call unmerge() first")
 
@@ -312,7 +319,11 @@ class FusedQLoRALinear(nn.Module):
 
         Args:
             dtype: of the dense weight and bias; None takes the dtype that the base weight had before quantization.
+
+        Raises:
+            ValueError: `dtype` is not float32, float16 or bfloat16.
         """
+        check_compute_dtype(dtype, "dtype")
         dtype = dtype or self._weight_meta[1]
         base, update = self._merged_weight()
         linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
@@ -332,7 +343,7 @@ class FusedQLoRALinear(nn.Module):
             RuntimeError: already merged, or there is no active adapter.
             ValueError: the merged weight holds NaN or infinity; the layer is unchanged.
         """
-        self._require_unmerged("merge")
+        self.require_unmerged("merge")
         if self.active_adapter is None:
             raise RuntimeError("merge: there is no active adapter")
         original = self.quantized_weight

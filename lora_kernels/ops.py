@@ -42,9 +42,16 @@ def _register(schema: str, body: Callable[..., Any], fake: Callable[..., Any], w
 
         return flat
 
-    name = schema.partition("(")[0]
+    def without_autocast(*args: Any) -> Any:
+        first = args[0] if isinstance(args[0], Tensor) else args[0][0]
+        if not torch.is_autocast_enabled(first.device.type):
+            return computed(*args)
+        with torch.autocast(first.device.type, enabled=False):  # a body's own products are in the dtypes that it chose
+            return computed(*args)
+
+    name, computed = schema.partition("(")[0], rebuilt(body)
     _library.define(schema)
-    _library.impl(name, rebuilt(body), "CompositeExplicitAutograd")
+    _library.impl(name, without_autocast, "CompositeExplicitAutograd")
     torch.library.register_fake(f"lora_kernels::{name}", rebuilt(fake), lib=_library)
 
 

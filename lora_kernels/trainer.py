@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil
+import psutil  # type: ignore[import-untyped]
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
@@ -181,7 +181,7 @@ class QLoRATrainer(Trainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """`lr_factor` over the progress of the run, so that a time limit ends the schedule too."""
-        if self.lr_scheduler is None:
+        if self.lr_scheduler is None:  # type: ignore[has-type]
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
                 self.optimizer if optimizer is None else optimizer,
                 lambda step: lr_factor(self.monitor.progress(step, num_training_steps)),

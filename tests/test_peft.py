@@ -170,7 +170,9 @@ def test_dropout_is_fused_and_scales_as_pefts(kind, monkeypatch):
             A = torch.zeros(n, K)
             A[torch.arange(n), torch.arange(k, k + n)] = 1
             ones = torch.ones_like(flat)
-            y = torch.ops.lora_kernels.qlora_linear(ones, *zero.op_args(), A, torch.ones(1, n), 1.0, None, 0.3, masks[module])[1]
+            y = torch.ops.lora_kernels.qlora_linear(ones, *zero.op_args(), A, torch.ones(1, n), 1.0, None, 0.3, masks[module])[
+                1
+            ]
             kept.view(-1, K)[:, k : k + n] = y
         return kept.round(decimals=3)
 

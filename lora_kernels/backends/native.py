@@ -2,12 +2,14 @@
 
 import functools
 import importlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..formats import DYNAMIC_MAP, QuantizedWeight
+from . import Layer
 
 _BUILD = "pip install --no-build-isolation -e . (needs g++)"
 
@@ -89,3 +91,29 @@ def qlora_linear_backward(
     needs: tuple[bool, bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     return _extension().qlora_linear_backward(dy, x, h, *_weight(qw), lora_A, lora_B, scaling, dropout_p, seed, needs)
+
+
+def qlora_linear_group(x: Tensor, layers: Sequence[Layer]) -> tuple[list[Tensor], list[Tensor]]:
+    ys, hs = zip(*(qlora_linear(x, *layer) for layer in layers), strict=True)
+    return list(ys), list(hs)
+
+
+def qlora_linear_group_backward(
+    dys: Sequence[Tensor],
+    x: Tensor | None,
+    hs: Sequence[Tensor | None],
+    layers: Sequence[Layer],
+    need_dx: bool,
+    needs: Sequence[tuple[bool, bool, bool]],
+) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None], list[Tensor | None]]:
+    dx: Tensor | None = None
+    others = []
+    for dy, h, (qw, A, B, scaling, _, dropout_p, seed), need in zip(dys, hs, layers, needs, strict=True):
+        part, *rest = qlora_linear_backward(
+            dy, x if need[0] else None, h, qw, A, B, scaling, dropout_p, seed, (need_dx, *need)
+        )
+        if part is not None:
+            dx = part.float() if dx is None else dx.add_(part)
+        others.append(rest)
+    dAs, dBs, dbiases = map(list, zip(*others, strict=True))
+    return None if dx is None else dx.to(dys[0].dtype), dAs, dBs, dbiases

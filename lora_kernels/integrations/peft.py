@@ -42,6 +42,11 @@ def _is_base(module: Any) -> bool:
     return isinstance(module, FusedQLoRALinear) or (FusedLinear4bit is not None and isinstance(module, FusedLinear4bit))
 
 
+def _base_of(module: Any) -> Any:
+    """What is below PEFT's layer, or the module itself."""
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
 def _plain(module: nn.Module, cls: type[nn.Module]) -> bool:
     """Whether reading the module's parameters is the same as calling it: no wrapper, no hook, no replaced forward."""
     return type(module) is cls and not (module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
@@ -371,7 +376,7 @@ def enable_peft() -> None:
     create, all_linear = LoraModel._create_new_module, tuners_utils._maybe_include_all_linear_layers
 
     def create_new_module(lora_config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
-        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        base: Any = _base_of(target)
         if _is_base(base) and kwargs.get("parameter_name") is None and not lora_config._custom_modules:
             return _fused_lora(target, base, adapter_name, lora_config, kwargs)
         return create(lora_config, adapter_name, target, **kwargs)
@@ -382,7 +387,7 @@ def enable_peft() -> None:
         if isinstance(wanted, str) and wanted.lower() == "all-linear":
             head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
             ours = {n for n, m in model.named_modules() if isinstance(m, FusedQLoRALinear) and m is not head}
-            inside = {n for n, m in model.named_modules() if isinstance(m, BaseTunerLayer) and _is_base(m.get_base_layer())}
+            inside = {n for n, m in model.named_modules() if isinstance(m, BaseTunerLayer) and _is_base(_base_of(m))}
             config.target_modules |= {n for n in ours if not any(n.startswith(f"{i}.") for i in inside)}
         return config
 
@@ -410,7 +415,7 @@ def take_over(model: nn.Module) -> None:
     if PeftLinear4bit is None:
         return
     for module in model.modules():
-        if type(module) is PeftLinear4bit and _is_base(module.get_base_layer()):
+        if type(module) is PeftLinear4bit and _is_base(_base_of(module)):
             module.__class__ = FusedLoraLinear4bit
 
 

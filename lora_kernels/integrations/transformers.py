@@ -31,12 +31,12 @@ def is_local(model: str) -> bool:
     return Path(model).exists() or model.endswith(".gguf") or model.startswith(("/", ".", "~")) or model.count("/") > 1
 
 
-def load_model(model: str | os.PathLike[str], dtype: torch.dtype = torch.bfloat16) -> tuple[Any, Any]:
+def load_model(model: str | os.PathLike[str], dtype: torch.dtype | None = None) -> tuple[Any, Any]:
     """Loads a causal language model and its tokenizer on the CPU.
 
     Args:
         model: a folder in transformers' format, dense or in bitsandbytes' 4-bit format; a GGUF file; or a hub id.
-        dtype: of every weight that is not quantized.
+        dtype: of every weight that is not quantized; None for the dtype they are stored in (bfloat16 for a GGUF file).
 
     Returns:
         The model, in eval mode, and its tokenizer.
@@ -47,18 +47,19 @@ def load_model(model: str | os.PathLike[str], dtype: torch.dtype = torch.bfloat1
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     path = Path(model).expanduser()
+    wanted = "auto" if dtype is None else dtype
     if not is_local(str(model)):
         with _errors(f"MODEL {model} is neither a path here nor a model id that can be fetched from the hub"):
-            return AutoModelForCausalLM.from_pretrained(str(model), dtype=dtype), AutoTokenizer.from_pretrained(str(model))
+            return AutoModelForCausalLM.from_pretrained(str(model), dtype=wanted), AutoTokenizer.from_pretrained(str(model))
     if path.suffix == ".gguf":
-        return _load_gguf(path, dtype)
+        return _load_gguf(path, dtype or torch.bfloat16)
     config = _read_config(path)
     with _errors(f"MODEL {path} has no tokenizer that transformers can read"):
         tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
     if config.get("quantization_config"):
         return _load_quantized(path, config["quantization_config"], dtype), tokenizer
     with _errors(f"MODEL {path} can't be loaded"):
-        return AutoModelForCausalLM.from_pretrained(str(path), dtype=dtype, local_files_only=True), tokenizer
+        return AutoModelForCausalLM.from_pretrained(str(path), dtype=wanted, local_files_only=True), tokenizer
 
 
 @contextmanager
@@ -103,7 +104,7 @@ def _load_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
 # ---- 4-bit folders
 
 
-def _load_quantized(path: Path, quantization: dict[str, Any], dtype: torch.dtype) -> Any:
+def _load_quantized(path: Path, quantization: dict[str, Any], dtype: torch.dtype | None) -> Any:
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -113,6 +114,7 @@ def _load_quantized(path: Path, quantization: dict[str, Any], dtype: torch.dtype
     with _errors(f"MODEL {path} can't be loaded"):
         config = AutoConfig.from_pretrained(str(path), local_files_only=True)
         del config.quantization_config
+        dtype = dtype or config.dtype or torch.float32
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         tensors = _read_weights(path)
@@ -134,7 +136,10 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
 
 def _fill(model: nn.Module, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
     """Puts 4-bit layers and all other weights into a model whose parameters are on the meta device."""
-    for key in [k.removesuffix(s) for k in tensors for s in _STATE if k.endswith(s)]:
+    quantized = [k.removesuffix(s) for k in tensors for s in _STATE if k.endswith(s)]
+    if not quantized:
+        raise ValueError("config.json says 4 bits, but the weights hold no 4-bit weight")
+    for key in quantized:
         qw = QuantizedWeight.from_state_dict(tensors, key)
         for used in [k for k in tensors if k == key or k.startswith(f"{key}.")]:
             del tensors[used]
@@ -172,7 +177,8 @@ def save_quantized(model: Any, tokenizer: Any, out: str | os.PathLike[str]) -> N
         raise ValueError(f"model must have 4-bit layers of one format, got {len(formats)} formats")
     ((quant_type, double_quant, storage),) = formats
     skipped = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and not _is_adapter(n)]
-    state = {k: v for k, v in model.state_dict().items() if not _is_adapter(k)}
+    # one code table serves all layers, and safetensors wants one tensor a key
+    state = {k: v.clone() if k.endswith(".quant_map") else v for k, v in model.state_dict().items() if not _is_adapter(k)}
     model.config.quantization_config = {
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,

@@ -1,0 +1,313 @@
+"""transformers: `from_pretrained(path, quantization_config=lora_kernels.QLoRAQuantConfig())` gives a model with our layers.
+
+A dense checkpoint is quantized tensor by tensor while it is read; one in bitsandbytes' 4-bit format is taken as it is.
+`save_pretrained` writes bitsandbytes' format, so that what it wrote loads with or without this package.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.core_model_loading import ConversionOps
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import AutoHfQuantizer
+from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ..autograd import quantize
+from ..formats import (
+    QUANT_TYPES,
+    STORAGE_DTYPES,
+    WEIGHT_DTYPES,
+    QuantizedWeight,
+    check_blocksize,
+    check_quant_type,
+    check_storage,
+    dtype_name,
+)
+from ..nn import FusedQLoRALinear
+
+try:
+    from .bitsandbytes import FusedLinear4bit
+except ImportError:
+    FusedLinear4bit = None  # type: ignore[assignment, misc]
+
+try:
+    from . import peft as _peft
+except ImportError:
+    _peft = None  # type: ignore[assignment]
+
+METHOD = "lora_kernels"
+
+
+def _dtype(name: str, value: torch.dtype | str | None, accepted: tuple[torch.dtype, ...]) -> torch.dtype | None:
+    dtype = getattr(torch, value.removeprefix("torch."), value) if isinstance(value, str) else value
+    if dtype is not None and dtype not in accepted:
+        raise ValueError(f"{name} must be one of {', '.join(map(dtype_name, accepted))}, got {value!r}")
+    return dtype  # type: ignore[return-value]
+
+
+@register_quantization_config(METHOD)
+class QLoRAQuantConfig(QuantizationConfigMixin):
+    """How `from_pretrained` quantizes a dense model; for a checkpoint in 4 bits the checkpoint's own format counts.
+
+    Args:
+        quant_type: `nf4` or `fp4`.
+        double_quant: also quantize the scales.
+        blocksize: elements that share a scale, a power of two from 32 to 4096.
+        quant_storage: dtype in which the packed bytes are held.
+        compute_dtype: layers cast their input to it and their output back; None computes in the dtype of the input.
+        modules_to_not_convert: names, or last parts of names, of linear layers that stay dense, besides the output head and
+            tied layers, which stay dense in any case.
+
+    Raises:
+        ValueError: an option is not one of those accepted.
+    """
+
+    def __init__(
+        self,
+        quant_type: str = "nf4",
+        double_quant: bool = True,
+        blocksize: int = 64,
+        quant_storage: torch.dtype | str = torch.uint8,
+        compute_dtype: torch.dtype | str | None = None,
+        modules_to_not_convert: list[str] | None = None,
+    ) -> None:
+        self.quant_method = METHOD
+        self.quant_type = check_quant_type(quant_type)
+        self.double_quant = bool(double_quant)
+        self.blocksize = check_blocksize(blocksize)
+        self.quant_storage = _dtype("quant_storage", quant_storage, STORAGE_DTYPES) or torch.uint8
+        self.compute_dtype = _dtype("compute_dtype", compute_dtype, WEIGHT_DTYPES)
+        if isinstance(modules_to_not_convert, str):
+            raise ValueError(f"modules_to_not_convert must be a list of names, got the string {modules_to_not_convert!r}")
+        self.modules_to_not_convert = None if modules_to_not_convert is None else list(modules_to_not_convert)
+
+    @classmethod
+    def from_bitsandbytes(cls, config: dict[str, Any], given: QLoRAQuantConfig) -> QLoRAQuantConfig:
+        """The format of a checkpoint whose config.json holds `config`, with `given`'s compute_dtype.
+
+        Raises:
+            ValueError: the checkpoint is not in bitsandbytes' 4-bit format.
+        """
+        method = config.get("quant_method")
+        if not config.get("load_in_4bit") and not config.get("_load_in_4bit"):
+            bits = ", load_in_8bit" if config.get("load_in_8bit") else ""
+            raise ValueError(
+                f"the checkpoint is quantized already ({method}{bits}); QLoRAQuantConfig reads dense checkpoints and those in "
+                "bitsandbytes' 4-bit format. Take the dense model it was made from"
+            )
+        return cls(
+            config.get("bnb_4bit_quant_type", "fp4"),
+            config.get("bnb_4bit_use_double_quant", False),
+            config.get("blocksize", 64),
+            config.get("bnb_4bit_quant_storage", "uint8"),
+            given.compute_dtype,
+            config.get("llm_int8_skip_modules"),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The entry of config.json: BitsAndBytesConfig's, with the blocksize added."""
+        return {
+            "quant_method": "bitsandbytes",
+            "load_in_4bit": True,
+            "_load_in_4bit": True,
+            "load_in_8bit": False,
+            "_load_in_8bit": False,
+            "bnb_4bit_quant_type": self.quant_type,
+            "bnb_4bit_use_double_quant": self.double_quant,
+            "bnb_4bit_quant_storage": dtype_name(self.quant_storage),
+            "bnb_4bit_compute_dtype": dtype_name(self.compute_dtype or torch.bfloat16),
+            "llm_int8_skip_modules": self.modules_to_not_convert,
+            "llm_int8_threshold": 6.0,
+            "llm_int8_enable_fp32_cpu_offload": False,
+            "llm_int8_has_fp16_weight": False,
+            "blocksize": self.blocksize,
+        }
+
+
+class _Convert(ConversionOps):
+    """Puts our layer in the place of a dense one as soon as its weight is there."""
+
+    def __init__(self, hf_quantizer: QLoRAQuantizer) -> None:
+        self.hf_quantizer = hf_quantizer
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Convert:
+        """Transformers copies its converters for each weight; all of them report to one quantizer."""
+        return self
+
+    def _layer(self, model: nn.Module, name: str, qw: QuantizedWeight) -> nn.Module:
+        path = name.removesuffix(".weight")
+        dense = model.get_submodule(path)
+        features = dense.weight.shape[::-1] if isinstance(dense, Conv1D) else dense.weight.shape
+        if qw.shape != tuple(features):  # type: ignore[arg-type]
+            raise ValueError(f"{name} is a 4-bit weight {list(qw.shape)}, the model has {list(features)} there")  # type: ignore[arg-type]
+        layer = new_layer(qw, dense.bias, self.hf_quantizer.quantization_config.compute_dtype, dense.training)  # type: ignore[arg-type]
+        layer._is_hf_initialized = True  # type: ignore[assignment]
+        model.set_submodule(path, layer)
+        self.hf_quantizer.loaded[path] = qw
+        return layer
+
+
+class Quantize(_Convert):
+    def convert(self, input_dict: dict[str, Any], model: Any = None, **kwargs: Any) -> dict[str, Tensor]:
+        config, out = self.hf_quantizer.quantization_config, {}
+        for name, value in input_dict.items():
+            weight = value[0] if isinstance(value, list) else value
+            if isinstance(model.get_submodule(name.removesuffix(".weight")), Conv1D):
+                weight = weight.T.contiguous()
+            try:
+                qw = quantize(weight, config.quant_type, config.blocksize, config.double_quant, config.quant_storage)
+                out[name] = self._layer(model, name, qw).weight
+            except (ValueError, TypeError) as e:
+                self.hf_quantizer.problems.append(f"{name}: {e}")
+        return out  # type: ignore[return-value]
+
+
+class Deserialize(_Convert):
+    def convert(
+        self, input_dict: dict[str, Any], model: Any = None, full_layer_name: str = "", **kwargs: Any
+    ) -> dict[str, Any]:
+        tensors = {k: v[0] if isinstance(v, list) else v for k, v in input_dict.items()}
+        weight = tensors.get("weight")
+        module, _ = get_module_from_name(model, full_layer_name)
+        if len(tensors) == 1 and weight is not None and weight.is_floating_point():
+            want = model.get_parameter_or_buffer(full_layer_name)
+            packed = full_layer_name.removesuffix(".weight") in self.hf_quantizer.targets and weight.shape != want.shape
+            if not packed:
+                return {"weight": weight.to(want.dtype)}
+        if weight is None or not isinstance(module, (nn.Linear, Conv1D)):
+            return input_dict
+        try:
+            named = {full_layer_name + k.removeprefix("weight"): v for k, v in tensors.items()}
+            return {
+                "weight": self._layer(model, full_layer_name, QuantizedWeight.from_state_dict(named, full_layer_name)).weight
+            }
+        except (ValueError, KeyError) as e:
+            self.hf_quantizer.problems.append(str(e.args[0]))
+            return {}
+
+
+def new_layer(qw: QuantizedWeight, bias: Tensor | None, compute_dtype: torch.dtype | None, training: bool) -> nn.Module:
+    """The base layer of models of transformers: bitsandbytes' with our forward, or our own where there is no bitsandbytes."""
+    if FusedLinear4bit is not None:
+        return FusedLinear4bit.from_quantized(qw, bias, compute_dtype, training)
+    return FusedQLoRALinear._build(qw, bias, compute_dtype, None, training)
+
+
+def _serialized_names() -> list[str]:
+    parts = ["", ".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map"]
+    return [f"weight{p}" for p in parts + [f".quant_state.bitsandbytes__{q}" for q in QUANT_TYPES]]
+
+
+@register_quantizer(METHOD)
+class QLoRAQuantizer(HfQuantizer):
+    """What transformers calls while it loads a model with a `QLoRAQuantConfig`."""
+
+    quantization_config: QLoRAQuantConfig
+    serialized_names = {"weight": _serialized_names()}  # noqa: RUF012
+    quantized_element_size = 0.5
+
+    def __init__(self, quantization_config: QLoRAQuantConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.targets: set[str] = set()
+        self.loaded: dict[str, QuantizedWeight] = {}
+        self.problems: list[str] = []
+
+    def validate_environment(self, device_map: Any = None, **kwargs: Any) -> None:
+        if is_deepspeed_zero3_enabled():
+            raise ValueError(
+                "ZeRO-3 can't shard 4-bit weights: use FSDP2, or ZeRO-2 or DDP with the 4-bit model on each device"
+            )
+        devices = {str(d) for d in device_map.values()} if isinstance(device_map, dict) else set()
+        if "disk" in devices or ("cpu" in devices and len(devices) > 1):
+            raise ValueError(
+                "device_map puts some layers on the disk or the CPU and others elsewhere: 4-bit layers are not moved back and "
+                "forth. Use one kind of device, or fewer layers"
+            )
+
+    def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
+        path, _, leaf = param_name.rpartition(".")
+        return leaf == "weight" and path in self.targets
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        config = self.quantization_config
+        skip = self.get_modules_to_not_convert(
+            model,
+            config.modules_to_not_convert,
+            model._keep_in_fp32_modules,
+            add_default_skips=not self.pre_quantized,
+        )
+        for name, module in model.named_modules():
+            if isinstance(module, (nn.Linear, Conv1D)) and should_convert_module(name, skip):
+                if not self.pre_quantized:
+                    check_storage(config.quant_storage, module.weight.numel())
+                self.targets.add(name)
+                module.requires_grad_(False)
+        if not self.targets:
+            raise ValueError("model has no linear layer to quantize, or modules_to_not_convert names all of them")
+        config.modules_to_not_convert = sorted(skip)
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        if self.problems:
+            listed = "; ".join(self.problems[:5]) + (f"; and {len(self.problems) - 5} more" if len(self.problems) > 5 else "")
+            raise ValueError(f"the model was not loaded: {listed}")
+        for name, qw in self.loaded.items():
+            layer = model.get_submodule(name)
+            if isinstance(layer, FusedQLoRALinear):  # transformers put empty tensors in the place of its buffers
+                layer._set_weight(qw)
+        self.loaded.clear()
+        ours = getattr(model, "_weight_conversions", None) or []
+        model._weight_conversions = [c for c in ours if not any(isinstance(op, Deserialize) for op in _operations(c))]
+        for name, module in model.named_modules():
+            if name in self.targets or _is_ours(module):
+                module.requires_grad_(False)
+        if FusedLinear4bit is not None:
+            model.is_loaded_in_4bit = True
+        return model
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
+        from .peft import merge_dense
+
+        return merge_dense(model, _dtype("dtype", dtype, WEIGHT_DTYPES) or torch.bfloat16)
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    def get_quantize_ops(self) -> Quantize:
+        return Quantize(self)
+
+    def get_load_operations(self) -> dict[str, Any]:
+        return {"deserialize": Deserialize}
+
+
+def _operations(conversion: Any) -> list[Any]:
+    return getattr(conversion, "operations", None) or []
+
+
+def _is_ours(module: nn.Module) -> bool:
+    return isinstance(module, FusedQLoRALinear) or (FusedLinear4bit is not None and isinstance(module, FusedLinear4bit))
+
+
+_merge = AutoHfQuantizer.merge_quantization_configs.__func__  # type: ignore[attr-defined]
+
+
+def _merge_quantization_configs(cls: Any, quantization_config: Any, quantization_config_from_args: Any) -> Any:
+    """Lets a QLoRAQuantConfig load checkpoints in bitsandbytes' format, which transformers takes for a conflict."""
+    if not isinstance(quantization_config_from_args, QLoRAQuantConfig):
+        return _merge(cls, quantization_config, quantization_config_from_args)
+    found = quantization_config if isinstance(quantization_config, dict) else quantization_config.to_dict()
+    return QLoRAQuantConfig.from_bitsandbytes(found, quantization_config_from_args)
+
+
+AutoHfQuantizer.merge_quantization_configs = classmethod(_merge_quantization_configs)
+if _peft is not None:
+    _peft.enable_peft()
