@@ -6,7 +6,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test lint format bench gpu clean
 
 demo: $(INSTALLED)
 	$(BIN)/lora-kernels demo
@@ -14,8 +14,16 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
 
+# Against every rival that is importable; SmolLM2-135M itself where `make demo` left it, else random weights of its shape.
 bench: $(INSTALLED)
-	$(BIN)/python -m bench run train_step --device cpu
+	$(BIN)/python -m bench run all --device cpu $(if $(wildcard demo/model),--model demo/model) --json bench/results/cpu
+	$(BIN)/python -m bench report
+
+# On a GPU machine, in the Python that has its torch and Triton: GPU tests first, then every suite.
+gpu:
+	$(PYTHON) -m pytest tests/test_triton.py tests/test_qlora_linear.py
+	$(PYTHON) -m bench run all --device cuda --json bench/results/gpu
+	$(PYTHON) -m bench report
 
 lint: $(INSTALLED)
 	PATH="$(CURDIR)/$(BIN):$$PATH" pre-commit run --all-files

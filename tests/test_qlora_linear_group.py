@@ -1,0 +1,135 @@
+"""`qlora_linear_group`: several layers on one x are the layers one by one, and x is read and saved once."""
+
+import copy
+import pickle
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import tiny_llama
+
+import lora_kernels as lk
+from lora_kernels.model import fused_layers
+from lora_kernels.ops import group_args
+from lora_kernels.testing import Case, Inputs, assert_close_to_oracle, make_inputs, max_error, oracle, plain
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+BF16, FP32 = torch.bfloat16, torch.float32
+
+
+def layers_on_one_x(cases: list[Case], seed: int) -> list[Inputs]:
+    first, *others = (make_inputs(case, seed + i) for i, case in enumerate(cases))
+    return [first, *(replace(inputs, x=first.x) for inputs in others)]
+
+
+def layer(inputs: Inputs) -> tuple:
+    c = inputs.case
+    return inputs.qw, inputs.lora_A, inputs.lora_B, c.scaling, inputs.bias, c.dropout, inputs.seed
+
+
+GROUPS = {
+    "qkv": [Case(17, 96, 100, dtype=BF16), Case(17, 33, 100, r=4, dtype=BF16), Case(17, 1, 100, dtype=BF16, bias=True)],
+    "mixed formats": [
+        Case(9, 64, 128, dtype=FP32, quant_type="fp4", blocksize=32),
+        Case(9, 65, 128, r=0, dtype=FP32, double_quant=False, bias=True),
+        Case(9, 63, 128, r=40, dtype=FP32, dropout=0.3),
+    ],
+    "one": [Case(5, 64, 64, dtype=BF16, dropout=0.1)],
+    "one row": [Case(1, 64, 192, r=16, dtype=BF16), Case(1, 32, 192, r=16, dtype=BF16)],
+    "no row": [Case(0, 64, 64), Case(0, 32, 64)],
+    "no adapter": [Case(33, 64, 65, r=0, dtype=BF16), Case(33, 7, 65, r=0, dtype=BF16)],
+}
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_against_float64(backend, name, seed):
+    """Each output and adapter gradient by the oracle of its layer; dx by the sum of the oracles'."""
+    group = layers_on_one_x(GROUPS[name], seed)
+    layers = [layer(inputs) for inputs in group]
+    n, x = len(group), group[0].x
+    out = torch.ops.lora_kernels.qlora_linear_group(x, *group_args(layers))
+    ys, hs = out[:n], out[n:]
+    needs = [flag for i in group for flag in (i.case.r > 0, i.case.r > 0, i.case.bias)]
+    dys = [inputs.dy for inputs in group]
+    dx, *grads = torch.ops.lora_kernels.qlora_linear_group_backward(dys, x, hs, x.shape[1], *group_args(layers), True, needs)
+    for i, inputs in enumerate(group):
+        got = {"y": ys[i]}
+        for j, key in enumerate(("dA", "dB", "dbias")):
+            if needs[3 * i + j]:
+                got[key] = grads[j * n + i]
+        assert_close_to_oracle(got, inputs)
+    want = sum(oracle(inputs)["dx"] for inputs in group)
+    base = max_error(sum(plain(inputs)["dx"] for inputs in group), want)
+    assert dx.shape == want.shape
+    assert max_error(dx, want) <= 2 * base + torch.finfo(x.dtype).eps
+
+
+def test_contract():
+    group = layers_on_one_x([replace(c, dtype=FP32) for c in GROUPS["qkv"]], 0)
+    args = group_args([layer(inputs) for inputs in group])
+    torch.library.opcheck(torch.ops.lora_kernels.qlora_linear_group, (group[0].x, *args))
+    hs = [inputs.x @ inputs.lora_A.T for inputs in group]
+    dys = [inputs.dy for inputs in group]
+    for need_dx, needs in ((True, [True] * 8 + [False]), (False, [False, True, False] * 3), (True, [False] * 9)):
+        torch.library.opcheck(
+            torch.ops.lora_kernels.qlora_linear_group_backward, (dys, group[0].x, hs, 100, *args, need_dx, needs)
+        )
+
+
+def test_x_is_saved_once(backend):
+    group = layers_on_one_x([Case(16, 64, 96), Case(16, 32, 96)], 0)
+    x = group[0].x.clone().requires_grad_()
+    A, B = ([t.clone().requires_grad_() for t in ts] for ts in zip(*((i.lora_A, i.lora_B) for i in group), strict=True))
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        ys = lk.qlora_linear_group(x.view(4, 4, 96), [i.qw for i in group], A, B, [2.0, 2.0])
+    assert [list(y.shape) for y in ys] == [[4, 4, 64], [4, 4, 32]]
+    assert sum(t.shape == (16, 96) for t in saved) == 1
+    sum(y.float().sum() for y in ys).backward()
+    assert all(t.grad is not None for t in (x, *A, *B))
+
+
+def test_bad_input():
+    qw = lk.quantize(torch.randn(32, 64))
+    x = torch.randn(2, 64)
+    for args, words in (
+        ((x, []), ["weights", "at least one"]),
+        ((x, [qw, lk.quantize(torch.randn(32, 65))]), ["x", "K=65", "64"]),
+        ((x, [qw, qw], [None]), ["lora_A", "2 weights", "1"]),
+        ((x, [qw], None, None, [1.0, 2.0]), ["scaling", "1 weights", "2"]),
+        ((x, [qw], [torch.randn(4, 64)]), ["lora_B", "together"]),
+    ):
+        with pytest.raises(ValueError, match=r"\w") as e:
+            lk.qlora_linear_group(*args)
+        assert all(word in str(e.value) for word in words), str(e.value)
+
+
+def test_grouped_model(one_thread):
+    """A Llama with grouped projections: the logits and gradients of the ungrouped one, also compiled, copied and pickled."""
+    model = tiny_llama()
+    lk.apply_qlora(model, r=4)
+    for fused in fused_layers(model).values():
+        torch.nn.init.normal_(fused.lora_matrices("default")[1], std=0.05)
+    grouped = copy.deepcopy(model)
+    assert lk.group_projections(grouped) == 4
+    grouped = pickle.loads(pickle.dumps(copy.deepcopy(grouped)))
+    ids = torch.randint(0, 96, (2, 11))
+
+    def gradients(m, forward):
+        m.zero_grad()
+        forward(input_ids=ids, labels=ids).loss.backward()
+        return {name: p.grad for name, p in m.named_parameters() if p.grad is not None}
+
+    want = gradients(model, model)
+    for forward in (grouped, torch.compile(grouped, fullgraph=True, backend="aot_eager")):
+        got = gradients(grouped, forward)
+        assert got.keys() == want.keys()
+        for name, grad in want.items():
+            torch.testing.assert_close(got[name], grad, rtol=1e-4, atol=1e-6, msg=name)
+    with torch.no_grad():
+        torch.testing.assert_close(grouped(ids).logits, model(ids).logits)
+        q = grouped.model.layers[0].self_attn.q_proj
+        x = torch.randn(3, 64)  # a layer called alone, and twice
+        torch.testing.assert_close(q(x), model.model.layers[0].self_attn.q_proj(x))
+        assert torch.equal(q(x), q(x))
