@@ -83,7 +83,7 @@ def _quiet(model: str | Path | None = None) -> Console:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TQDM_DISABLE", "1")
     if model is not None and Path(model).exists():
-        os.environ["HF_HUB_OFFLINE"] = "1"
+        os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     for name in ("accelerate", "torch", "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)
     return Console(highlight=False, soft_wrap=True)
@@ -141,7 +141,7 @@ def finetune(
     """
     options = dict(locals())
     resume, overwrite = options.pop("resume"), options.pop("overwrite")
-    options |= {"data": str(data), "out": str(out), "target_modules": tuple(target_modules.split(","))}
+    options |= {"data": str(data), "out": str(out), "target_modules": tuple(name.strip() for name in target_modules.split(","))}
     console = _quiet(model)
     from .finetune import Settings
     from .finetune import finetune as run

@@ -103,7 +103,7 @@ def settings(model: Path, data: Path, out: Path, minutes: float) -> Settings:
         max_minutes=minutes,
         epochs=20,
         batch_size=8,
-        max_length=192,
+        max_length=128,
         lr=1e-3,
         eval_fraction=0.015,
         evals=4,

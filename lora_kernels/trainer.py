@@ -56,15 +56,17 @@ class Monitor(TrainerCallback):
         self.limit = minutes * 60 if minutes else math.inf
         self.evals, self.save_steps = evals, save_steps
         self.interrupted = False
-        self._start_step = self._evals_done = self._tokens_seen = 0
-        self._began: float | None = None
+        self._evals_done = self._tokens_seen = 0
+        self._start = self._seconds_before = 0.0
+        self._began = math.inf
         self._step_began = self._last_line = 0.0
+        self._lines = 0
         self._bar: Progress | None = None
 
     def progress(self, step: int, total: int) -> float:
         """How much of the run is done, in [0, 1]: of its steps or of its time, whichever is more."""
-        elapsed = time.monotonic() - self._began if self._began is not None else 0.0
-        return min(1.0, max(step / total, elapsed / self.limit))
+        seconds = self._seconds_before + max(0.0, time.monotonic() - self._began)
+        return min(1.0, max(step / total, seconds / self.limit))
 
     @property
     def tokens_per_second(self) -> float:
@@ -95,14 +97,15 @@ class Monitor(TrainerCallback):
             signal.signal(signal.SIGINT, previous)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._began = time.monotonic()
-        self._start_step, self._tokens_seen = state.global_step, state.num_input_tokens_seen
-        self._evals_done = int(self.progress(state.global_step, state.max_steps) * (self.evals + 1))
+        self._began = self._last_line = time.monotonic()
+        self._seconds_before, self._tokens_seen = self.log["train_seconds"], state.num_input_tokens_seen
+        self._start = self.progress(state.global_step, state.max_steps)
+        self._evals_done = int(self._start * (self.evals + 1))
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._step_began = time.monotonic()
 
-    def on_step_end(self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **_: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.log["train_seconds"] += time.monotonic() - self._step_began
         self.log["tokens"] += state.num_input_tokens_seen - self._tokens_seen
         self._tokens_seen = state.num_input_tokens_seen
@@ -128,14 +131,13 @@ class Monitor(TrainerCallback):
         self.write_log()
 
     def _show(self, state: Any, loss: float) -> None:
-        elapsed = time.monotonic() - (self._began or 0.0)
-        done, start = self.progress(state.global_step, state.max_steps), self._start_step / state.max_steps
-        left = _clock(elapsed * (1 - done) / max(done - start, 1e-9))
+        now, done = time.monotonic(), self.progress(state.global_step, state.max_steps)
+        left = _clock((now - self._began) * (1 - done) / max(done - self._start, 1e-9))
         numbers = f"step {state.global_step}  loss {loss:.3f}  {self.tokens_per_second:.0f} tokens/s  {left} left  {_memory()}"
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=done, numbers=numbers)
-        elif elapsed - self._last_line > 10 or done >= 1 or state.global_step == self._start_step + 1:
-            self._last_line = elapsed
+        elif now - self._last_line > 10 or done >= 1 or not self._lines:
+            self._last_line, self._lines = now, self._lines + 1
             self.console.print(f"{done:4.0%}  {numbers}")
 
 

@@ -12,6 +12,7 @@ import time
 import pytest
 import torch
 from conftest import snapshot
+from safetensors.torch import load_file, save_file
 from tiny_folder import chat, chats, make_folder, write_jsonl
 
 import lora_kernels as lk
@@ -184,11 +185,18 @@ def edit(file, **changes):
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
+def leave_out_a_weight(f):
+    tensors = load_file(f / "model.safetensors")
+    del tensors["model.layers.0.mlp.up_proj.weight"]
+    save_file(tensors, f / "model.safetensors", metadata={"format": "pt"})
+
+
 MODELS = {
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "no weights"),
     "no config": (lambda f: (f / "config.json").unlink(), "no config.json"),
     "damaged config": (lambda f: (f / "config.json").write_text("{"), "is damaged"),
     "torn weights": (lambda f: os.truncate(f / "model.safetensors", 1000), "can't be loaded"),
+    "a weight left out": (leave_out_a_weight, "lack model.layers.0.mlp.up_proj.weight"),
     "no tokenizer": (lambda f: [p.unlink() for p in f.glob("tokenizer*")], "tokenizer"),
     "GPTQ": (lambda f: edit(f / "config.json", quantization_config={"quant_method": "gptq"}), "quantized ('gptq'"),
     "4 bits without bytes": (

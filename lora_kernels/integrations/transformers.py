@@ -44,13 +44,13 @@ def load_model(model: str | os.PathLike[str], dtype: torch.dtype | None = None) 
     Raises:
         ValueError: `model` is nothing that can be loaded; the message says what is missing.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     path = Path(model).expanduser()
     wanted = "auto" if dtype is None else dtype
     if not is_local(str(model)):
         with _errors(f"MODEL {model} is neither a path here nor a model id that can be fetched from the hub"):
-            return AutoModelForCausalLM.from_pretrained(str(model), dtype=wanted), AutoTokenizer.from_pretrained(str(model))
+            return _load_dense(str(model), dtype=wanted), AutoTokenizer.from_pretrained(str(model))
     if path.suffix == ".gguf":
         return _load_gguf(path, dtype or torch.bfloat16)
     config = _read_config(path)
@@ -59,7 +59,16 @@ def load_model(model: str | os.PathLike[str], dtype: torch.dtype | None = None) 
     if config.get("quantization_config"):
         return _load_quantized(path, config["quantization_config"], dtype), tokenizer
     with _errors(f"MODEL {path} can't be loaded"):
-        return AutoModelForCausalLM.from_pretrained(str(path), dtype=wanted, local_files_only=True), tokenizer
+        return _load_dense(str(path), dtype=wanted, local_files_only=True), tokenizer
+
+
+def _load_dense(where: str, **options: Any) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    model, info = AutoModelForCausalLM.from_pretrained(where, output_loading_info=True, **options)
+    if info["missing_keys"]:  # transformers fills them with random numbers
+        raise ValueError(f"the weights lack {', '.join(sorted(info['missing_keys'])[:5])}")
+    return model
 
 
 @contextmanager
