@@ -138,18 +138,20 @@ Gradients qlora_linear_backward(const Tensor& dy, const OptionalTensor& x, const
                                 const Tensor& absmax, const OptionalTensor& absmax2, const OptionalTensor& code2,
                                 const OptionalTensor& offset, const std::vector<int64_t>& shape, const std::string& quant_type,
                                 int64_t blocksize, const OptionalTensor& lora_A, const OptionalTensor& lora_B, double scaling,
-                                double dropout_p, const OptionalTensor& seed, const std::array<bool, 4>& needs) {
+                                double dropout_p, const OptionalTensor& seed, const std::array<bool, 4>& needs,
+                                OptionalTensor dx) {
   py::gil_scoped_release no_gil;
   const PackedWeight w(packed, absmax, absmax2, code2, offset, shape.at(0), shape.at(1), quant_type, blocksize);
   const Adapter a = adapter(lora_A, lora_B, scaling, dropout_p, seed);
-  OptionalTensor dx, dA, dB, dbias;
-  if (needs[0]) dx = at::empty({dy.size(0), w->K}, dy.options());
+  const bool accumulate_dx = dx.has_value();  // float32 [M, K]
+  OptionalTensor dA, dB, dbias;
+  if (needs[0] && !accumulate_dx) dx = at::empty({dy.size(0), w->K}, dy.options());
   if (needs[1]) dA = at::empty_like(lora_A.value());
   if (needs[2]) dB = at::empty_like(lora_B.value());
   if (needs[3]) dbias = at::empty({w->N}, dy.options().dtype(at::kFloat));
   auto data = [](const OptionalTensor& t) { return t ? t->data_ptr() : nullptr; };
-  cpu::qlora_linear_backward(dtype_of(dy), dy.size(0), dy.data_ptr(), data(x), data(h), *w, a, data(dx), data(dA), data(dB),
-                             static_cast<float*>(data(dbias)));
+  cpu::qlora_linear_backward(dtype_of(dy), dy.size(0), dy.data_ptr(), data(x), data(h), *w, a, accumulate_dx, data(dx),
+                             data(dA), data(dB), static_cast<float*>(data(dbias)));
   return {dx, dA, dB, dbias};
 }
 

@@ -2,9 +2,10 @@
 #pragma once
 #include <cstdint>
 
+#include "dtype.h"
+
 namespace lora_kernels {
 
-enum class DType { f32, f16, bf16 };
 enum class QuantType { nf4, fp4 };
 
 inline int64_t itemsize(DType t) { return t == DType::f32 ? 4 : 2; }
@@ -61,10 +62,12 @@ void qlora_linear(DType dtype, int64_t M, const void* x, const Weight& weight, c
                   void* h);
 
 // dy [M, N], x [M, K], h [M, r] of `dtype`.  Outputs that are null are not computed; with g = dy B [M, r]:
-//   dx [M, K] of `dtype` = dy W + dropout(s g A)    dA [r, K] of A's dtype = s g^T dropout(x)
-//   dB [N, r] of B's dtype = s dy^T h               dbias [N] float32 = sum of dy over M
+//   dx [M, K] of `dtype` = dy W + dropout(s g A), or float32 and added to what is there (`accumulate_dx`)
+//   dA [r, K] of A's dtype = s g^T dropout(x)
+//   dB [N, r] of B's dtype = s dy^T h
+//   dbias [N] float32 = sum of dy over M
 void qlora_linear_backward(DType dtype, int64_t M, const void* dy, const void* x, const void* h, const Weight& weight,
-                           const Adapter& adapter, void* dx, void* dA, void* dB, float* dbias);
+                           const Adapter& adapter, bool accumulate_dx, void* dx, void* dA, void* dB, float* dbias);
 
 }  // namespace cpu
 }  // namespace lora_kernels

@@ -60,7 +60,88 @@ class MergeReport:
     relative_error: float
 
 
-class FusedQLoRALinear(nn.Module):
+class PackedWeight:
+    """A layer whose `weight` is packed bytes and comes, in a state dict, with its scales under bitsandbytes' keys."""
+
+    out_features: int
+    in_features: int
+    weight: nn.Parameter
+    _unmerged: QuantizedWeight | None = None
+
+    @property
+    def quantized_weight(self) -> QuantizedWeight:
+        raise NotImplementedError
+
+    def _set_weight(self, qw: QuantizedWeight) -> None:
+        raise NotImplementedError
+
+    def _fqn_modifiers(self) -> dict[str, str]:
+        """For torch.distributed.checkpoint, which looks up each part of a key as an attribute."""
+        return {"weight": "_weight_keys"}
+
+    @property
+    def _weight_keys(self) -> _Keys:
+        return _Keys()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        key = f"{prefix}weight"
+        own = {k: v for k, v in state_dict.items() if k == key or k.startswith(f"{key}.")}
+        rest = {k: v for k, v in state_dict.items() if k.startswith(prefix) and k not in own}
+        missing: list[str] = []
+        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs)  # type: ignore[misc]
+        missing_keys += [k for k in missing if k != key or key not in own]
+        if key not in own:
+            return
+        weight = self.weight
+        if hasattr(weight, "device_mesh") and len(own) == 1:  # a process that gets its scales from another one
+            if local_metadata.get("assign_to_params_buffers", False):
+                self.weight = nn.Parameter(own[key], requires_grad=False)
+            else:
+                weight.detach().copy_(own[key])
+            return
+        try:
+            qw = QuantizedWeight.from_state_dict(own, key)
+        except (KeyError, ValueError) as e:
+            error_msgs.append(e.args[0])
+            return
+        if qw.shape != (self.out_features, self.in_features):
+            error_msgs.append(f"{key}: shape must be {[self.out_features, self.in_features]}, got {list(qw.shape)}")
+            return
+        self._unmerged = None
+        if local_metadata.get("assign_to_params_buffers", False):
+            self._set_weight(qw)
+        elif hasattr(weight, "device_mesh"):  # sharded: the parameter must stay the same object
+            weight.detach().copy_(qw.packed)
+            scales = self.quantized_weight
+            for name in _SCALES:
+                if (t := getattr(scales, name)) is not None:
+                    t.copy_(getattr(qw, name))
+        else:
+            here = qw.to(self.weight.device)
+            self._set_weight(
+                replace(here, **{n: t.clone() for n in ("packed", *_SCALES) if (t := getattr(here, n)) is not None})
+            )
+
+
+class _Keys:
+    """Has every attribute: it stands for the entries of a state dict that belong to a packed weight."""
+
+    def __getattr__(self, name: str) -> _Keys:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return self
+
+
+class FusedQLoRALinear(PackedWeight, nn.Module):
     """`y = x Wᵀ + scaling (dropout(x) lora_Aᵀ) lora_Bᵀ + bias` with `W [out_features, in_features]` frozen in 4 bits.
 
     Base weight and bias are frozen; `lora_A[name].weight [r, in_features]` (Kaiming-uniform) and
@@ -384,41 +465,6 @@ class FusedQLoRALinear(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         saved = (self._unmerged or self.quantized_weight).state_dict(f"{prefix}weight")
         destination.update({k: v if keep_vars else v.detach() for k, v in saved.items()})
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        key = f"{prefix}weight"
-        own = {k: v for k, v in state_dict.items() if k == key or k.startswith(f"{key}.")}
-        rest = {k: v for k, v in state_dict.items() if k.startswith(prefix) and k not in own}
-        missing: list[str] = []
-        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs)
-        missing_keys += [k for k in missing if k != key or not own]
-        if not own:
-            return
-        try:
-            qw = QuantizedWeight.from_state_dict(own, key)
-        except (KeyError, ValueError) as e:
-            error_msgs.append(e.args[0])
-            return
-        if qw.shape != (self.out_features, self.in_features):
-            error_msgs.append(f"{key}: shape must be {[self.out_features, self.in_features]}, got {list(qw.shape)}")
-            return
-        self._unmerged = None
-        if local_metadata.get("assign_to_params_buffers", False):
-            self._set_weight(qw)
-        else:
-            here = qw.to(self.weight.device)
-            self._set_weight(
-                replace(here, **{n: t.clone() for n in ("packed", *_SCALES) if (t := getattr(here, n)) is not None})
-            )
 
 
 class InputGroup:

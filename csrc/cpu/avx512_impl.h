@@ -152,4 +152,5 @@ struct V {
 }  // namespace
 }  // namespace lora_kernels::cpu
 
+#include "avx512_gemm.h"
 #include "kernels_impl.h"

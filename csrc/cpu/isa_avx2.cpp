@@ -2,6 +2,7 @@
 #include <immintrin.h>
 
 #include "convert.h"
+#include "gemm_impl.h"
 
 namespace lora_kernels::cpu {
 namespace {
@@ -42,6 +43,7 @@ inline void codes32(const uint8_t* packed, __m128i& first, __m128i& second) {
 template <class R>
 struct Decoder32 {
   __m256 code_low, code_high, low, high;
+  Decoder32() = default;
   explicit Decoder32(const float* c) : code_low(_mm256_loadu_ps(c)), code_high(_mm256_loadu_ps(c + 8)) {}
   void set(float absmax) {
     const __m256 a = _mm256_set1_ps(absmax);
@@ -49,7 +51,9 @@ struct Decoder32 {
     high = rounded(R(), _mm256_mul_ps(code_high, a));
   }
   __m256 look(__m128i codes) const {  // the low 8 bytes
-    const __m256i i = _mm256_cvtepu8_epi32(codes);
+    return look(_mm256_cvtepu8_epi32(codes));
+  }
+  __m256 look(__m256i i) const {  // bits above 3 are ignored
     return _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, i), _mm256_permutevar8x32_ps(high, i),
                             _mm256_castsi256_ps(_mm256_slli_epi32(i, 28)));
   }
@@ -142,11 +146,132 @@ struct V {
   using Decoder = typename Select<D, R>::Type;
 };
 
+struct MathF32 {
+  using F = __m256;
+  using W = __m256;
+  using X = __m256;
+  static constexpr int LANES = 8, NV = 2, WIDTH = 16, VALUES = 1;
+  static constexpr DType TYPE = DType::f32;
+  static F zero() { return _mm256_setzero_ps(); }
+  static F set1(float v) { return _mm256_set1_ps(v); }
+  static F load_f32(const float* p) { return _mm256_loadu_ps(p); }
+  static F load_some(const float* p, int n) {
+    if (n >= LANES) return _mm256_loadu_ps(p);
+    float t[LANES] = {};
+    for (int i = 0; i < n; i++) t[i] = p[i];
+    return _mm256_loadu_ps(t);
+  }
+  static void store_f32(float* p, F v) { _mm256_storeu_ps(p, v); }
+  static F add(F a, F b) { return _mm256_add_ps(a, b); }
+  static F mul(F a, F b) { return _mm256_mul_ps(a, b); }
+  static W right(const uint32_t* p) { return _mm256_loadu_ps((const float*)p); }
+  static X broadcast(const uint32_t& v) { return _mm256_broadcast_ss((const float*)&v); }
+  static F dot(F sum, X x, W w) { return _mm256_fmadd_ps(x, w, sum); }
+  template <class D>
+  static F load(D, const typename D::T* p) {
+    return load8(D(), p);
+  }
+  static void store_whole(F32, float* out, F v) { _mm256_storeu_ps(out, v); }
+  static void store_whole(F16, uint16_t* out, F v) {
+    _mm_storeu_si128((__m128i*)out, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+  }
+  static void store_whole(BF16, uint16_t* out, F v) {
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    const __m256i u = _mm256_blendv_epi8(round_bf16(v), _mm256_set1_epi32(0x7fc00000), nan);
+    const __m256i p = _mm256_permute4x64_epi64(_mm256_packus_epi32(_mm256_srli_epi32(u, 16), u), 0xd8);
+    _mm_storeu_si128((__m128i*)out, _mm256_castsi256_si128(p));
+  }
+  template <class D>
+  static void store(D, typename D::T* out, F v, int n) {
+    if (n >= LANES) return store_whole(D(), out, v);
+    typename D::T t[LANES];
+    store_whole(D(), t, v);
+    for (int i = 0; i < n; i++) out[i] = t[i];
+  }
+  static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+  static float sum(F v) {
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+  }
+  static void store_own(void* out, int64_t i, F v) { store_f32(static_cast<float*>(out) + i, v); }
+  static void store_left(uint32_t* out, F v) { _mm256_storeu_ps((float*)out, v); }
+};
+
+void transpose_8x8(const void* src, int64_t ld, int rows, int64_t n, uint32_t* dst, int64_t ld_dst) {
+  const float* s = (const float*)src;
+  float* d = (float*)dst;
+  int r = 0;
+  for (; r + 8 <= rows; r += 8) {
+    int64_t k = 0;
+    for (; k + 8 <= n; k += 8) {
+      __m256 v[8], t[8];
+      for (int i = 0; i < 8; i++) v[i] = _mm256_loadu_ps(s + (r + i) * ld + k);
+      for (int i = 0; i < 8; i += 2) {
+        t[i] = _mm256_unpacklo_ps(v[i], v[i + 1]);
+        t[i + 1] = _mm256_unpackhi_ps(v[i], v[i + 1]);
+      }
+      for (int i = 0; i < 8; i += 4)
+        for (int j = 0; j < 2; j++) {
+          v[i + 2 * j] = _mm256_shuffle_ps(t[i + j], t[i + j + 2], 0x44);
+          v[i + 2 * j + 1] = _mm256_shuffle_ps(t[i + j], t[i + j + 2], 0xee);
+        }
+      for (int i = 0; i < 4; i++) {
+        _mm256_storeu_ps(d + (k + i) * ld_dst + r, _mm256_permute2f128_ps(v[i], v[i + 4], 0x20));
+        _mm256_storeu_ps(d + (k + i + 4) * ld_dst + r, _mm256_permute2f128_ps(v[i], v[i + 4], 0x31));
+      }
+    }
+    transpose_f32(s + r * ld + k, ld, 8, n - k, dst + k * ld_dst + r, ld_dst);
+  }
+  transpose_f32(s + r * ld, ld, rows - r, n, dst + r, ld_dst);
+}
+
+}  // namespace
+}  // namespace lora_kernels::cpu
+
+#include "dots_impl.h"
+
+namespace lora_kernels::cpu {
+namespace {
+
+template <class R>
+struct DotsF32 {
+  using F = __m256;
+  using X = __m256;
+  using Value = float;
+  static constexpr int SPAN = 16, NR = 2;
+  using Code = Decoder32<R>;
+  using Table = Decoder32<R>;
+  static Table table(const Code& code, float absmax) {
+    Table t = code;
+    t.set(absmax);
+    return t;
+  }
+  static void decode(const uint8_t* p, const Table& t, X& even, X& odd) {
+    const __m256i v = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
+    even = t.look(_mm256_srli_epi32(v, 4));
+    odd = t.look(v);
+  }
+  static F dot(F sum, X w, const float* x) { return _mm256_fmadd_ps(w, _mm256_loadu_ps(x), sum); }
+};
+
+constexpr Gemm GEMM_F32 = {1,
+                           MathF32::WIDTH,
+                           convert_f32<MathF32>,
+                           transpose_8x8,
+                           interleave_f32,
+                           tile<MathF32>,
+                           rank_tile<MathF32>,
+                           DotsF32<F32>::SPAN,
+                           split<float, DotsF32<F32>::SPAN>,
+                           nullptr,
+                           nullptr};
+
 }  // namespace
 }  // namespace lora_kernels::cpu
 
 #include "kernels_impl.h"
 
 namespace lora_kernels::cpu {
-const Kernels avx2_kernels = make_kernels("avx2", false);
+const Kernels avx2_kernels = make_kernels("avx2", GEMM_F32, Gemm{}, dots<DotsF32<BF16>>);
 }

@@ -1,5 +1,6 @@
 // Level "portable": plain C++, any CPU.
 #include "convert.h"
+#include "gemm_impl.h"
 
 namespace lora_kernels::cpu {
 namespace {
@@ -53,11 +54,98 @@ struct V {
   };
 };
 
+struct MathF32 {
+  typedef float F __attribute__((vector_size(16)));
+  using W = F;
+  using X = F;
+  static constexpr int LANES = 4, NV = 2, WIDTH = 16, VALUES = 1;
+  static constexpr DType TYPE = DType::f32;
+  static F zero() { return F{0, 0, 0, 0}; }
+  static F set1(float v) { return F{v, v, v, v}; }
+  static F load_f32(const float* p) {
+    F v;
+    __builtin_memcpy(&v, p, sizeof v);
+    return v;
+  }
+  static F load_some(const float* p, int n) {
+    F v = zero();
+    for (int i = 0; i < LANES && i < n; i++) v[i] = p[i];
+    return v;
+  }
+  static void store_f32(float* p, F v) { __builtin_memcpy(p, &v, sizeof v); }
+  static F add(F a, F b) { return a + b; }
+  static F mul(F a, F b) { return a * b; }
+  static W right(const uint32_t* p) {
+    W v;
+    __builtin_memcpy(&v, p, sizeof v);
+    return v;
+  }
+  static X broadcast(uint32_t v) { return set1(from_bits(v)); }
+  static F dot(F sum, X x, W w) { return sum + x * w; }
+  template <class D>
+  static F load(D, const typename D::T* p) {
+    return F{D::load(p[0]), D::load(p[1]), D::load(p[2]), D::load(p[3])};
+  }
+  template <class D>
+  static void store(D, typename D::T* out, F v, int n) {
+    for (int i = 0; i < LANES && i < n; i++) out[i] = D::store(v[i]);
+  }
+  static F fma(F a, F b, F c) { return a * b + c; }
+  static float sum(F v) { return (v[0] + v[1]) + (v[2] + v[3]); }
+  static void store_own(void* out, int64_t i, F v) { store_f32(static_cast<float*>(out) + i, v); }
+  static void store_left(uint32_t* out, F v) { __builtin_memcpy(out, &v, sizeof v); }
+};
+
+}  // namespace
+}  // namespace lora_kernels::cpu
+
+#include "dots_impl.h"
+
+namespace lora_kernels::cpu {
+namespace {
+
+template <class R>
+struct DotsF32 {
+  using F = MathF32::F;
+  using X = F;
+  using Value = float;
+  static constexpr int SPAN = 8, NR = 2;
+  struct Code {
+    const float* values;
+    explicit Code(const float* c) : values(c) {}
+  };
+  struct Table {
+    float values[16];
+  };
+  static Table table(const Code& code, float absmax) {
+    Table t;
+    for (int i = 0; i < 16; i++) t.values[i] = R::load(R::store(code.values[i] * absmax));
+    return t;
+  }
+  static void decode(const uint8_t* p, const Table& t, X& even, X& odd) {
+    even = X{t.values[p[0] >> 4], t.values[p[1] >> 4], t.values[p[2] >> 4], t.values[p[3] >> 4]};
+    odd = X{t.values[p[0] & 15], t.values[p[1] & 15], t.values[p[2] & 15], t.values[p[3] & 15]};
+  }
+  static F dot(F sum, X w, const float* x) { return sum + w * MathF32::load_f32(x); }
+};
+
+constexpr Gemm GEMM_F32 = {1,
+                           MathF32::WIDTH,
+                           convert_f32<MathF32>,
+                           transpose_f32,
+                           interleave_f32,
+                           tile<MathF32>,
+                           rank_tile<MathF32>,
+                           DotsF32<F32>::SPAN,
+                           split<float, DotsF32<F32>::SPAN>,
+                           nullptr,
+                           nullptr};
+
 }  // namespace
 }  // namespace lora_kernels::cpu
 
 #include "kernels_impl.h"
 
 namespace lora_kernels::cpu {
-const Kernels portable_kernels = make_kernels("portable", false);
+const Kernels portable_kernels = make_kernels("portable", GEMM_F32, Gemm{}, dots<DotsF32<BF16>>);
 }

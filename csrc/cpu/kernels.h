@@ -3,11 +3,89 @@
 #pragma once
 #include <cstdint>
 
+#include "../dtype.h"
+
 namespace lora_kernels::cpu {
+
+constexpr int ROWS = 6;        // of the left operand in a tile, at most
+constexpr int COLUMNS = 64;    // of the right operand in a panel, and the row length of float32 tiles
+constexpr int F32_BLOCK = 64;  // steps of a float32 sum before it joins the total: its error grows with their square root
+constexpr int GROUP = 16;      // columns that are packed together
+
+// What becomes of the sums of a tile [rows, columns].
+struct Finish {
+  float* partial;      // [rows, COLUMNS] sums carried between blocks of the contraction
+  bool add_partial;    // to the sums
+  bool keep;           // the sums go to `partial`, the rest is ignored
+  const float* bias;   // [columns] or null
+  const float* extra;  // [rows, COLUMNS] added to the sums, or null
+  void* out;           // [rows, columns] of `dtype`, rows ld apart
+  int64_t ld;
+  DType dtype;
+  int columns;
+  bool accumulate;  // the sums are added to `out`, which is float32
+};
+
+// A packed matrix product: left [rows, D] as [steps][rows] dwords, right [D, columns] as [steps][`width`] dwords.  A dword is
+// one step of the contraction: a float32, or two bf16 that are neighbours along it (an odd length is padded with zero).
+struct Gemm {
+  int values;  // in a dword: 1 or 2
+  int width;   // columns of the right operand side by side in memory; a panel is COLUMNS / width such pieces
+
+  // src [n] of `dtype` -> the type that is multiplied.
+  void (*convert)(DType dtype, const void* src, int64_t n, void* dst);
+  // src [rows <= 16, n], rows ld values apart -> dst [steps of n][rows], steps ld_dst dwords apart.
+  void (*transpose)(const void* src, int64_t ld, int rows, int64_t n, uint32_t* dst, int64_t ld_dst);
+  // src [rows, columns <= 64], rows ld values apart -> dst [steps of rows][columns, padded with zero to whole groups],
+  // steps ld_dst and groups group_stride dwords apart.
+  void (*interleave)(const void* src, int64_t ld, int64_t rows, int columns, uint32_t* dst, int64_t ld_dst,
+                     int64_t group_stride);
+  // left [steps][rows] x right [steps][width] -> finish.  columns <= width.
+  void (*tile)(int rows, const uint32_t* left, const uint32_t* right, int64_t steps, const Finish& finish);
+  // left [steps][rows] x right [steps][16]: scale * sums -> out [rows, columns <= 16] of `dtype`, and tail_scale * sums ->
+  // tail, the next steps of left.
+  void (*rank_tile)(int rows, const uint32_t* left, const uint32_t* right, int64_t steps, int columns, float scale, void* out,
+                    int64_t ld, DType dtype, float tail_scale, uint32_t* tail);
+
+  // Even elements of every `span` values of x [n] first; n a multiple of 64.
+  int span;
+  void (*split)(const void* x, int64_t n, void* dst);
+
+  // W [N, K] decoded straight into the packed layout; null where only the general way exists.  K, k0, k1 multiples of 32.
+  // Rows [n0, n0 + 16), columns [k0, k1) -> dst [steps of k][16], steps ld_dst dwords apart.
+  void (*decode_rows)(const uint8_t* packed, const float* codebook, const float* absmax, int shift, int64_t K, int64_t n0,
+                      int64_t k0, int64_t k1, uint32_t* dst, int64_t ld_dst);
+  // Rows [n0, n1), columns [k0, k0 + columns), columns 32 or 64 -> dst [steps of n][columns].
+  void (*decode_columns)(const uint8_t* packed, const float* codebook, const float* absmax, int shift, int64_t K, int64_t n0,
+                         int64_t n1, int64_t k0, int columns, uint32_t* dst, int64_t ld_dst);
+};
+
+// The product of a few rows: x as it lies in memory against rows of W that are decoded in registers, a sum of each pair.
+// K a multiple of 64, blocks of at least 64.
+struct Dots {
+  const uint8_t* packed;
+  const float* codebook;
+  const float* absmax;  // of the block that holds element n0 * K, and on
+  int shift;
+  int64_t before;  // elements of that block before row n0
+  int64_t K, N;
+  int M;
+  const void* x;   // [M, K], a Gemm's type, each `span` values with its even elements first
+  const float* h;  // [M, h_ld] scaled, zero past r
+  int64_t h_ld;    // r rounded up to a multiple of GROUP
+  int r;           // at most MAX_DOTS_RANK
+  const void* B;   // [N, r]
+  DType B_dtype;
+  const float* bias;  // [n1 - n0] or null
+  void* y;            // [M, N]
+  DType dtype;
+};
+constexpr int MAX_DOTS_RANK = 64;
 
 struct Kernels {
   const char* name;
-  bool bf16_dot;  // the CPU multiplies bf16 natively
+  Gemm f32;
+  Gemm bf16;  // all null where the CPU does not multiply bf16: it converts inside, at a third of the speed of float32
 
   // Full blocks [b0, b1) of x (dtype by suffix) -> packed, absmax.  midpoints [15] ascending; order [16]: sorted position ->
   // 4-bit index.  False if a value is not finite.
@@ -34,6 +112,13 @@ struct Kernels {
                             int64_t e1, void* out);
   void (*decode_bf16_as_f32)(const uint8_t* packed, const float* codebook, const float* absmax, int shift, int64_t e0,
                              int64_t e1, void* out);
+
+  // out [M] = x [M, K] . A [K]
+  void (*rank_dots)(const float* x, int64_t M, int64_t K, const void* A, DType dtype, float* out);
+  // Rows [n0, n1) of W, rounded to the dtype in the name, and of the output; bf16 takes x of that type where the CPU has it.
+  void (*dots_f32)(const Dots& dots, int64_t n0, int64_t n1);
+  void (*dots_f16)(const Dots& dots, int64_t n0, int64_t n1);
+  void (*dots_bf16)(const Dots& dots, int64_t n0, int64_t n1);
 
   // out[i] = value[i] where element e0 + i of the mask is kept, else 0.  Philox 4x32-10: key = seed, counter = element / 4,
   // word = element % 4, kept when word >= threshold.

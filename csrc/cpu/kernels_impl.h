@@ -3,6 +3,7 @@
 //   V::Search(midpoints, order), .quantize32<D>(x, reciprocal, out16)
 //   V::Decoder<D, R>(codebook), .set(absmax), .store32(packed16, out)   values rounded to R, stored as D
 //   V::decode_absmax
+// and MathF32, DotsF32 (gemm_impl.h, dots_impl.h)
 #pragma once
 #include "../codebooks.h"
 #include "convert.h"
@@ -104,9 +105,11 @@ void drop_f32(const float* value, uint64_t seed, uint64_t threshold, int64_t e0,
   }
 }
 
-constexpr Kernels make_kernels(const char* name, bool bf16_dot) {
+constexpr Kernels make_kernels(const char* name, const Gemm& f32, const Gemm& bf16,
+                               void (*dots_bf16)(const Dots&, int64_t, int64_t)) {
   return Kernels{name,
-                 bf16_dot,
+                 f32,
+                 bf16,
                  quantize<F32>,
                  quantize<F16>,
                  quantize<BF16>,
@@ -116,6 +119,10 @@ constexpr Kernels make_kernels(const char* name, bool bf16_dot) {
                  decode<BF16, BF16>,
                  decode<F32, F16>,
                  decode<F32, BF16>,
+                 rank_dots,
+                 dots<DotsF32<F32>>,
+                 dots<DotsF32<F16>>,
+                 dots_bf16,
                  drop_f32};
 }
 

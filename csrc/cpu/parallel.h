@@ -1,4 +1,4 @@
-// Static split of [0, n) over torch's threads.
+// Work shared by torch's threads, and the memory they work in.
 #pragma once
 #include <ATen/Parallel.h>
 #ifdef _OPENMP
@@ -6,6 +6,7 @@
 #endif
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <cstdlib>
 #include <new>
@@ -30,6 +31,63 @@ void parallel(int64_t n, int64_t grain, const F& f) {
 #else
   at::parallel_for(0, n, std::max<int64_t>(grain, 1), f);
 #endif
+}
+
+// The threads of one parallel region, which go through the phases of an op together: a region a phase would cost a wake-up
+// each.  Without OpenMP a team is one thread.
+class Team {
+ public:
+  struct Shared {
+    std::atomic<int64_t> next[3] = {};  // one a phase, in turn
+  };
+  Team(Shared& shared, int64_t thread, int64_t threads) : thread(thread), threads(threads), shared_(shared) {}
+
+  // f(i) for i in [0, n), taken one by one by whichever thread is free.
+  template <class F>
+  void share(int64_t n, const F& f) {
+    if (threads == 1) {
+      for (int64_t i = 0; i < n; i++) f(i);
+      return;
+    }
+    auto& next = shared_.next[phase_];
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < n;) f(i);
+  }
+
+  // All threads have finished this phase, and see what the others wrote.
+  void sync() {
+    if (threads == 1) return;
+    // everyone left the phase before this one, and nobody is in the one after: its counter is nobody's
+    if (thread == 0) shared_.next[(phase_ + 1) % 3].store(0, std::memory_order_relaxed);
+    phase_ = (phase_ + 1) % 3;
+#ifdef _OPENMP
+#pragma omp barrier
+#endif
+  }
+
+  const int64_t thread, threads;
+
+ private:
+  Shared& shared_;
+  int phase_ = 0;
+};
+
+// f(team) on at most `threads` threads.  f must not throw.
+template <class F>
+void with_team(int64_t threads, const F& f) {
+  Team::Shared shared;
+#ifdef _OPENMP
+  threads = std::min<int64_t>(threads, at::in_parallel_region() ? 1 : at::get_num_threads());
+  if (threads > 1) {
+#pragma omp parallel num_threads(static_cast<int>(threads))
+    {
+      Team team(shared, omp_get_thread_num(), omp_get_num_threads());
+      f(team);
+    }
+    return;
+  }
+#endif
+  Team team(shared, 0, 1);
+  f(team);
 }
 
 // Memory that a thread keeps between calls: only grows, 64-byte aligned.

@@ -1,224 +1,326 @@
-// y = x W^T + s h B^T + bias with h = dropout(x) A^T, and its gradients, without ever holding all of W.
-//
-// W is decoded in panels of at most PANEL_BYTES into memory that is reused, and each panel is multiplied by torch's matmul.
-// Products are taken in `compute`: bf16 where the CPU multiplies it natively, float32 otherwise (a CPU without the instruction
-// converts inside its bf16 matmul, three times slower).  Where they are bf16, s h and B join x and W as more columns of the
-// same product, and the bias as two more (its bf16 value and what that left), so that the sum is rounded once.
-// The rank-r products are float32 for every dtype.
-#include <ATen/ATen.h>
-#include <c10/core/GradMode.h>
-
-#include <cmath>
-
-#include "decoder.h"
+// y = x W^T + s h B^T + bias with h = dropout(x) A^T, and its gradients, without ever holding more of W than a panel.
+#include "convert.h"
+#include "packed_product.h"
 
 namespace lora_kernels::cpu {
 
 namespace {
 
-using at::Tensor;
+// Below this many multiplications a second thread costs more than it does.
+int64_t threads_for(int64_t M, const Weight& w) { return (M + 8) * w.numel() < (2 << 20) ? 1 : at::get_num_threads(); }
 
-constexpr int64_t PANEL_BYTES = 4 << 20;
-constexpr int64_t ROWS = 512;  // of x and dy converted to float32 at a time
-
-at::ScalarType scalar_type(DType t) { return t == DType::f32 ? at::kFloat : t == DType::f16 ? at::kHalf : at::kBFloat16; }
-
-Tensor view(const void* data, at::IntArrayRef shape, DType dtype) {
-  return at::from_blob(const_cast<void*>(data), shape, at::TensorOptions().dtype(scalar_type(dtype)));
+// Rows a block of packed left operands holds.
+int64_t rows_per_block(int64_t M, int64_t depth) {
+  const int64_t blocks = std::max<int64_t>(1, (M * depth * 4 + LEFT_BYTES / 2) / LEFT_BYTES);
+  return std::max<int64_t>(1, ceil_div(M, blocks));
 }
 
-Tensor view(Dense t, at::IntArrayRef shape) { return view(t.data, shape, t.dtype); }
+constexpr int64_t ABSMAX_UNIT = 64 * 256;
 
-DType compute_dtype(DType dtype) { return dtype == DType::bf16 && kernels().bf16_dot ? DType::bf16 : DType::f32; }
+// Units of work that decode the scales of a double-quantized weight into `out`.
+int64_t absmax_units(const Weight& w) { return w.absmax ? 0 : ceil_div(w.n_blocks(), ABSMAX_UNIT); }
 
-int64_t clamp(int64_t v, int64_t low, int64_t high) { return std::min(std::max(v, low), high); }
+void decode_absmax_unit(const Weight& w, int64_t unit, float* out) {
+  const int64_t begin = unit * ABSMAX_UNIT, end = std::min(w.n_blocks(), begin + ABSMAX_UNIT);
+  kernels().decode_absmax(w.absmax_u8, w.absmax2, w.code2, w.offset, begin, end, out + begin);
+}
 
-// The dropout mask of x [M, K], applied in place to `rows`, float32 rows [m0, m0 + m) of a tensor of that shape, and 1 / (1-p).
-class Dropout {
+// A few rows of x, K a multiple of 64, blocks of at least 64: W is decoded in registers, once for 4 rows of x, where packing
+// would cost more than the product.  Up to MAX_DOTS rows; where a row of W is short the sum across a register at its end is
+// dear, and packing wins earlier (measured at K = 576).
+constexpr int64_t MAX_DOTS = 12, MAX_DOTS_SHORT = 5, SHORT = 2048;
+
+bool takes_dots(int64_t M, const Weight& w, int64_t r) {
+  return M <= (w.K < SHORT ? MAX_DOTS_SHORT : MAX_DOTS) && w.K % 64 == 0 && w.blocksize >= 64 && r <= MAX_DOTS_RANK;
+}
+
+void store(DType dtype, void* out, int64_t i, float v) {
+  if (dtype == DType::f32)
+    static_cast<float*>(out)[i] = v;
+  else
+    static_cast<uint16_t*>(out)[i] = dtype == DType::bf16 ? BF16::store(v) : F16::store(v);
+}
+
+void qlora_linear_dots(DType dtype, int64_t M, const void* x, const Weight& w, const Adapter& adapter, Dense bias, void* y,
+                       void* h) {
+  static thread_local Scratch x_scratch, row_scratch, h_scratch;
+  const Kernels& k = kernels();
+  const Product product(dtype);
+  const Dropout dropout(adapter, w.K);
+  const int64_t N = w.N, K = w.K, r = adapter.r, size = itemsize(product.type), h_ld = ceil_div(r, GROUP) * GROUP;
+  char* x_split = x_scratch.get<char>(M * K * size);
+  float* x_rows = r ? row_scratch.get<float>(M * K) : nullptr;
+  float* h_scaled = h_scratch.get<float>(M * h_ld);
+  std::fill_n(h_scaled, M * h_ld, 0.0f);
+  const float h_scale = dropout.active() ? dropout.scale() : 1.0f;
+  const auto dots = dtype == DType::f32 ? k.dots_f32 : dtype == DType::f16 ? k.dots_f16 : k.dots_bf16;
+  int shift = 0;
+  while ((int64_t{1} << shift) < w.blocksize) shift++;
+
+  with_team(threads_for(M, w), [&](Team& team) {
+    static thread_local Scratch values_scratch, absmax_scratch;
+    team.share(M, [&](int64_t m) {
+      const char* row = static_cast<const char*>(x) + m * K * itemsize(dtype);
+      if (product.type == dtype) {
+        product.gemm.split(row, K, x_split + m * K * size);
+      } else {
+        float* values = values_scratch.get<float>(K);
+        product.gemm.convert(dtype, row, K, values);
+        product.gemm.split(values, K, x_split + m * K * size);
+      }
+      if (!r) return;
+      k.f32.convert(dtype, row, K, x_rows + m * K);
+      if (dropout.active()) dropout.apply(m, 0, K, x_rows + m * K);
+    });
+    team.sync();
+    if (r) {
+      team.share(r, [&](int64_t q) {
+        float sums[MAX_DOTS];
+        k.rank_dots(x_rows, M, K, static_cast<const char*>(adapter.A.data) + q * K * itemsize(adapter.A.dtype), adapter.A.dtype,
+                    sums);
+        for (int64_t m = 0; m < M; m++) {
+          store(dtype, h, m * r + q, sums[m] * h_scale);
+          h_scaled[m * h_ld + q] = sums[m] * h_scale * adapter.scaling;
+        }
+      });
+      team.sync();
+    }
+    // Rows of W whose scales fit in L1 with room to spare, and several pieces a thread.
+    const int64_t most = std::clamp<int64_t>(4096 * 64 / K, 4, 4096), pieces = team.threads == 1 ? 1 : 4 * team.threads;
+    const int64_t unit = std::max<int64_t>(4, std::min(most, ceil_div(N, pieces)) / 4 * 4);
+    team.share(ceil_div(N, unit), [&](int64_t i) {
+      const int64_t n0 = i * unit, n1 = std::min(N, n0 + unit), b0 = n0 * K >> shift, b1 = ceil_div(n1 * K, w.blocksize);
+      // blocks longer than a row may begin before n0: the kernel counts from row n0
+      const float* absmax = w.absmax ? w.absmax + b0 : nullptr;
+      if (!absmax) {
+        float* decoded = absmax_scratch.get<float>(b1 - b0);
+        k.decode_absmax(w.absmax_u8, w.absmax2, w.code2, w.offset, b0, b1, decoded);
+        absmax = decoded;
+      }
+      float biases[4096];
+      if (bias.data)
+        k.f32.convert(bias.dtype, static_cast<const char*>(bias.data) + n0 * itemsize(bias.dtype), n1 - n0, biases);
+      dots({w.packed, w.quant_type == QuantType::nf4 ? NF4 : FP4, absmax, shift, n0 * K - (b0 << shift), K, N,
+            static_cast<int>(M), x_split, h_scaled, h_ld, static_cast<int>(r), adapter.B.data, adapter.B.dtype,
+            bias.data ? biases : nullptr, y, dtype},
+           n0, n1);
+    });
+  });
+}
+
+// a^T b of a [M, rows] and b [M, columns] -> out [rows, columns], or transposed [columns, rows]: the gradient of an adapter.
+// `sums` [columns] gets b summed over M.  Rows of a are packed once, b a strip of columns and a block of rows at a time; each
+// strip is one thread's and M is taken in order, so there are no partial results to add.
+class Outer {
  public:
-  Dropout(const Adapter& adapter, int64_t K)
-      : active_(adapter.dropout_p > 0),
-        scale_(1.0f / static_cast<float>(1 - adapter.dropout_p)),
-        threshold_(static_cast<uint64_t>(std::nearbyint(adapter.dropout_p * 4294967296.0))),
-        seed_(adapter.seed),
-        K_(K) {}
+  static constexpr int64_t STRIP = 2 * COLUMNS;
+  static constexpr int64_t BLOCK = 64;  // rows of b packed at a time: a strip of them fits in L1
 
-  void apply(Tensor& rows, int64_t m0) const {
-    if (!active_) return;
-    float* data = rows.data_ptr<float>();
-    const auto drop = kernels().drop_f32;
-    parallel(rows.size(0), ceil_div(4096, K_),
-             [&](int64_t a, int64_t b) { drop(data + a * K_, seed_, threshold_, (m0 + a) * K_, (b - a) * K_, data + a * K_); });
-    rows.mul_(scale_);
+  Outer(const Product& product, Source a, int64_t rows, Source b, int64_t columns, int64_t M, float scale, Dense out,
+        bool transposed, float* sums)
+      : product_(product),
+        a_(a),
+        b_(b),
+        rows_(rows),
+        columns_(columns),
+        M_(M),
+        scale_(scale),
+        out_(out),
+        transposed_(transposed),
+        sums_(sums),
+        tiles_(rows + (sums ? 1 : 0)) {}
+
+  int64_t strips() const { return ceil_div(columns_, STRIP); }
+  int64_t packed_dwords() const { return product_.steps(M_) * tiles_.M; }
+
+  // All of a -> [tile][steps of M][rows of the tile]; with sums, a last row of ones.
+  void pack(uint32_t* packed, Scratch& scratch) const {
+    const int64_t steps = product_.steps(M_), width = ceil_div(rows_, GROUP) * GROUP;
+    uint32_t* wide = scratch.get<uint32_t>(steps * width);
+    for (int64_t q = 0; q < rows_; q += GROUP)
+      product_.interleave(a_, 0, M_, q, static_cast<int>(std::min<int64_t>(GROUP, rows_ - q)), wide + q, width, GROUP);
+    for (int64_t i = 0; i < tiles_.count; i++) {
+      const int rows = tiles_.rows(i);
+      for (int64_t s = 0; s < steps; s++)
+        for (int j = 0; j < rows; j++, packed++) {
+          const int64_t row = tiles_.begin(i) + j;
+          *packed = row < rows_ ? wide[s * width + row] : ones(s);
+        }
+    }
   }
 
-  bool active() const { return active_; }
+  void strip(const uint32_t* packed, int64_t unit, Scratch& panel_scratch, Scratch& sum_scratch) const {
+    const Gemm& g = product_.gemm;
+    const int64_t steps = product_.steps(M_), block_steps = product_.steps(BLOCK);
+    uint32_t* data = panel_scratch.get<uint32_t>(block_steps * COLUMNS);
+    float* sums = sum_scratch.get<float>(tiles_.M * STRIP);
+    const int64_t begin = unit * STRIP, end = std::min(columns_, begin + STRIP);
+    for (int64_t m = 0; m < M_; m += BLOCK) {
+      const int64_t n = std::min(BLOCK, M_ - m);
+      const Panel panel{data, product_.steps(n), g.width};
+      // the next block: rows are too far apart for the hardware to see what comes
+      for (int64_t j = m + n; j < std::min(M_, m + n + BLOCK); j++)
+        for (int64_t c = begin; c < end; c += 64 / itemsize(b_.data.dtype)) __builtin_prefetch(b_.at(j, c));
+      for (int64_t c = begin; c < end; c += COLUMNS) {
+        const int columns = static_cast<int>(std::min<int64_t>(COLUMNS, end - c));
+        product_.interleave(b_, m, n, c, columns, data, g.width, panel.group_stride());
+        for (int64_t i = 0; i < tiles_.count; i++) {
+          const int rows = tiles_.rows(i);
+          const uint32_t* left = packed + tiles_.begin(i) * steps + product_.steps(m) * rows;
+          float* tile = sums + ((c - begin) * tiles_.M + tiles_.begin(i) * COLUMNS);
+          for (int p = 0; p < columns; p += g.width)
+            g.tile(rows, left, panel.at(p / GROUP, 0), panel.steps,
+                   {tile + p, m > 0, true, nullptr, nullptr, nullptr, 0, DType::f32, std::min(g.width, columns - p), false});
+        }
+      }
+    }
+    for (int64_t c = begin; c < end; c++) {
+      const float* column = sums + (c - begin) / COLUMNS * COLUMNS * tiles_.M + (c - begin) % COLUMNS;
+      if (out_.data)
+        for (int64_t q = 0; q < rows_; q++)
+          store(out_.dtype, const_cast<void*>(out_.data), transposed_ ? c * rows_ + q : q * columns_ + c,
+                M_ ? column[q * COLUMNS] * scale_ : 0.0f);
+      if (sums_) sums_[c] = M_ ? column[rows_ * COLUMNS] : 0.0f;
+    }
+  }
 
  private:
-  bool active_;
+  uint32_t ones(int64_t step) const {
+    if (product_.type == DType::f32) return 0x3f800000;
+    return 2 * step + 1 < M_ ? 0x3f803f80 : 0x3f80;
+  }
+
+  const Product& product_;
+  Source a_, b_;
+  int64_t rows_, columns_, M_;
   float scale_;
-  uint64_t threshold_;
-  uint64_t seed_;
-  int64_t K_;
+  Dense out_;
+  bool transposed_;
+  float* sums_;
+  Tiles tiles_;
 };
-
-// Rows [m0, m0 + m) of dropout(x) as float32.
-Tensor dropped(const Tensor& x, int64_t m0, int64_t m, const Dropout& dropout) {
-  Tensor rows = x.narrow(0, m0, m).to(at::kFloat, false, dropout.active());
-  dropout.apply(rows, m0);
-  return rows;
-}
-
-// [ceil to 32 columns] of `dtype`: x, then zeros; for the columns that follow x in the product.
-Tensor widened(const Tensor& x, int64_t extra) {
-  Tensor out = at::empty({x.size(0), ceil_div(x.size(1) + extra, 32) * 32}, x.options());
-  out.narrow(1, 0, x.size(1)).copy_(x);
-  out.narrow(1, x.size(1), out.size(1) - x.size(1)).zero_();
-  return out;
-}
-
-Tensor scratch_tensor(Scratch& scratch, at::IntArrayRef shape, DType dtype) {
-  return view(scratch.get<char>(shape[0] * shape[1] * itemsize(dtype)), shape, dtype);
-}
 
 }  // namespace
 
-void qlora_linear(DType dtype, int64_t M, const void* x_, const Weight& w, const Adapter& adapter, Dense bias, void* y_,
-                  void* h_) {
+void qlora_linear(DType dtype, int64_t M, const void* x, const Weight& w, const Adapter& adapter, Dense bias, void* y,
+                  void* h) {
   if (M == 0) return;
-  const c10::NoGradGuard no_grad;
-  static thread_local Scratch absmax_scratch, panel_scratch;
-  const Decoder decoder(w, absmax_scratch);
+  if (takes_dots(M, w, adapter.r)) return qlora_linear_dots(dtype, M, x, w, adapter, bias, y, h);
+  static thread_local Scratch absmax_scratch, left_scratch, right_scratch;
   const int64_t N = w.N, K = w.K, r = adapter.r;
-  const Tensor x = view(x_, {M, K}, dtype);
-  Tensor y = view(y_, {M, N}, dtype), h, B;
-  if (r) {
-    const Tensor A = view(adapter.A, {r, K}).to(at::kFloat);
-    B = view(adapter.B, {N, r});
-    h = at::empty({M, r}, A.options());
-    const Dropout dropout(adapter, K);
-    for (int64_t m0 = 0; m0 < M; m0 += ROWS) {
-      const int64_t m = std::min(ROWS, M - m0);
-      Tensor rows = h.narrow(0, m0, m);
-      at::mm_out(rows, dropped(x, m0, m, dropout), A.t());
-    }
-    view(h_, {M, r}, dtype).copy_(h);
-    h.mul_(adapter.scaling);
-  }
-  const Tensor b = bias.data ? view(bias, {N}).to(at::kFloat) : Tensor();
+  const Product product(dtype);
+  const Dropout dropout(adapter, K);
+  const Source A{adapter.A, K}, B{adapter.B, r};
+  const int64_t steps = product.steps(K), groups = ceil_div(r, GROUP);
 
-  if (compute_dtype(dtype) == DType::bf16) {
-    const int64_t extra = r + (b.defined() ? 2 : 0);
-    const Tensor left = extra ? widened(x, extra) : x;
-    const int64_t D = left.size(1), P = clamp(PANEL_BYTES / (2 * D), 64, N);
-    if (r) left.narrow(1, K, r).copy_(h);
-    if (b.defined()) left.narrow(1, K + r, 2).fill_(1);
-    const Tensor panel = scratch_tensor(panel_scratch, {P, D}, dtype);
-    uint16_t* data = static_cast<uint16_t*>(panel.data_ptr());
-    if (D > K) panel.narrow(1, K, D - K).zero_();
-    for (int64_t n0 = 0; n0 < N; n0 += P) {
-      const int64_t p = std::min(P, N - n0);
-      parallel(p, ceil_div(16384, K), [&](int64_t a, int64_t e) {
-        for (int64_t n = a; n < e; n++) decoder.elements(dtype, false, (n0 + n) * K, (n0 + n + 1) * K, data + n * D);
-      });
-      if (r) panel.narrow(0, 0, p).narrow(1, K, r).copy_(B.narrow(0, n0, p));
-      if (b.defined()) {
-        Tensor high = panel.narrow(0, 0, p).select(1, K + r);
-        high.copy_(b.narrow(0, n0, p));
-        panel.narrow(0, 0, p).select(1, K + r + 1).copy_(b.narrow(0, n0, p) - high);
-      }
-      Tensor slice = y.narrow(1, n0, p);
-      at::mm_out(slice, left, panel.narrow(0, 0, p).t());
-    }
-    return;
-  }
+  float* absmax = w.absmax ? nullptr : absmax_scratch.get<float>(w.n_blocks());
+  uint32_t* right = right_scratch.get<uint32_t>(groups * GROUP * steps);
+  const float h_scale = dropout.active() ? dropout.scale() : 1.0f;
+  const Left left{product, {{x, dtype}, K},          K, r, right, dropout.active() ? &dropout : nullptr, {h, dtype},
+                  h_scale, h_scale * adapter.scaling};
+  const int64_t block = rows_per_block(M, left.depth());
+  uint32_t* packed = left_scratch.get<uint32_t>(block * left.depth());
+  const WeightPanels weight(w, absmax ? absmax : w.absmax, product, dtype);
 
-  const Tensor left = x.to(at::kFloat), B32 = r ? B.to(at::kFloat) : B;
-  const int64_t P = clamp(PANEL_BYTES / (4 * K), 64, N);
-  const Tensor panel = scratch_tensor(panel_scratch, {P, K}, DType::f32);
-  Tensor sum = at::empty({M, P}, left.options());
-  for (int64_t n0 = 0; n0 < N; n0 += P) {
-    const int64_t p = std::min(P, N - n0);
-    parallel(p, ceil_div(16384, K), [&](int64_t a, int64_t e) {
-      decoder.elements(dtype, true, (n0 + a) * K, (n0 + e) * K, panel.data_ptr<float>() + a * K);
+  with_team(threads_for(M, w), [&](Team& team) {
+    static thread_local Scratch tile_scratch;
+    constexpr int64_t UNIT = 4 * CHUNK;  // of K, of 16 rows of A
+    const int64_t decode_units = absmax_units(w), a_units = ceil_div(K, UNIT);
+    team.share(decode_units + groups * a_units, [&](int64_t unit) {
+      if (unit < decode_units) return decode_absmax_unit(w, unit, absmax);
+      const int64_t q = (unit - decode_units) / a_units * GROUP, k0 = (unit - decode_units) % a_units * UNIT;
+      const int64_t n = std::min(UNIT, K - k0);
+      uint32_t* to = right + q * steps + product.steps(k0) * GROUP;
+      if (r - q < GROUP) std::fill_n(to, product.steps(n) * GROUP, 0u);
+      product.transpose(A, q, static_cast<int>(std::min<int64_t>(GROUP, r - q)), k0, n, to, GROUP);
     });
-    Tensor out = p == P ? sum : at::empty({M, p}, left.options());
-    at::mm_out(out, left, panel.narrow(0, 0, p).t());
-    if (r) out.addmm_(h, B32.narrow(0, n0, p).t());
-    if (b.defined()) out.add_(b.narrow(0, n0, p));
-    y.narrow(1, n0, p).copy_(out);
-  }
+    team.sync();
+    for (int64_t m0 = 0; m0 < M; m0 += block) {
+      const Tiles tiles(std::min(block, M - m0));
+      team.share(tiles.count, [&](int64_t i) { left.pack(m0, tiles, i, packed, tile_scratch); });
+      team.sync();
+      multiply(
+          team, left, packed, m0, tiles, {N, bias.data ? &bias : nullptr, nullptr},
+          [&](int64_t n, int64_t k0, int64_t k1, const Panel& panel) { weight.transposed(n, k0, k1, panel); },
+          [&](int64_t n, const Panel& panel, int64_t step) {
+            for (int group = 0; group < COLUMNS / GROUP; group++) {
+              const int64_t row = n + group * GROUP;
+              const int rows = static_cast<int>(std::clamp<int64_t>(N - row, 0, GROUP));
+              if (rows) product.transpose(B, row, rows, 0, r, panel.at(group, step), panel.width);
+            }
+          },
+          y, dtype, false);
+      team.sync();
+    }
+  });
 }
 
-void qlora_linear_backward(DType dtype, int64_t M, const void* dy_, const void* x_, const void* h_, const Weight& w,
-                           const Adapter& adapter, void* dx_, void* dA_, void* dB_, float* dbias_) {
-  const c10::NoGradGuard no_grad;
+void qlora_linear_backward(DType dtype, int64_t M, const void* dy, const void* x, const void* h, const Weight& w,
+                           const Adapter& adapter, bool accumulate_dx, void* dx, void* dA, void* dB, float* dbias) {
+  static thread_local Scratch absmax_scratch, left_scratch, right_scratch, g_scratch, dA_scratch, dB_scratch;
   const int64_t N = w.N, K = w.K, r = adapter.r;
-  const Tensor dy = view(dy_, {M, N}, dtype);
+  const Product product(dtype);
   const Dropout dropout(adapter, K);
-  const auto f32 = at::TensorOptions().dtype(at::kFloat);
-  const Tensor B = r ? view(adapter.B, {N, r}).to(at::kFloat) : Tensor();
+  const Source A{adapter.A, K}, B{adapter.B, r}, source_dy{{dy, dtype}, N};
+  const int64_t steps = product.steps(N), groups = ceil_div(r, GROUP);
+  const bool need_g = r && (dx || dA);
+  const float dropped_scale = adapter.scaling * (dropout.active() ? dropout.scale() : 1.0f);
 
-  Tensor g, dA, dB, dbias;  // g is s dy B
-  if (r && (dx_ || dA_)) g = at::empty({M, r}, f32);
-  if (dA_) dA = at::zeros({r, K}, f32);
-  if (dB_) dB = at::zeros({N, r}, f32);
-  if (dbias_) dbias = at::from_blob(dbias_, {N}, f32).zero_();
-  for (int64_t m0 = 0; m0 < M && (g.defined() || dB_ || dbias_); m0 += ROWS) {
-    const int64_t m = std::min(ROWS, M - m0);
-    const Tensor dy_rows = dy.narrow(0, m0, m).to(at::kFloat);
-    if (g.defined()) {
-      Tensor g_rows = g.narrow(0, m0, m);
-      at::mm_out(g_rows, dy_rows, B);
-      g_rows.mul_(adapter.scaling);
-    }
-    if (dA_) dA.addmm_(g.narrow(0, m0, m).t(), dropped(view(x_, {M, K}, dtype), m0, m, dropout));
-    if (dB_) dB.addmm_(dy_rows.t(), view(h_, {M, r}, dtype).narrow(0, m0, m).to(at::kFloat), 1, adapter.scaling);
-    if (dbias_) dbias.add_(dy_rows.sum(0));
-  }
-  if (dA_) view(dA_, {r, K}, adapter.A.dtype).copy_(dA);
-  if (dB_) view(dB_, {N, r}, adapter.B.dtype).copy_(dB);
-  if (!dx_ || M == 0) return;
+  float* absmax = dx && !w.absmax ? absmax_scratch.get<float>(w.n_blocks()) : nullptr;
+  uint32_t* right = need_g ? right_scratch.get<uint32_t>(groups * GROUP * steps) : nullptr;
+  void* g = need_g ? g_scratch.get<char>(M * r * itemsize(product.type)) : nullptr;
+  const Left left{product, source_dy, N, need_g ? r : 0, right, nullptr, {g, product.type}, 1.0f, dropped_scale};
+  const int64_t block = rows_per_block(M, left.depth());
+  uint32_t* packed = dx || need_g ? left_scratch.get<uint32_t>(block * left.depth()) : nullptr;
+  const WeightPanels weight(w, absmax ? absmax : w.absmax, product, dtype);
 
-  static thread_local Scratch absmax_scratch, panel_scratch;
-  const Decoder decoder(w, absmax_scratch);
-  Tensor dx = view(dx_, {M, K}, dtype);
-  const DType compute = compute_dtype(dtype);
-  const bool bf16 = compute == DType::bf16, extra_rows = bf16 && r && !dropout.active();
-  const Tensor A = r ? view(adapter.A, {r, K}).to(at::kFloat) : Tensor();
-  Tensor masked;  // dropout(s g A), which the mask keeps out of the product
-  if (r && dropout.active()) {
-    masked = at::mm(g, A);
-    dropout.apply(masked, 0);
-  }
-  const Tensor left = extra_rows ? widened(dy, r) : bf16 ? dy : dy.to(at::kFloat);
-  if (extra_rows) left.narrow(1, N, r).copy_(g);
-  // Strips of columns of W, so that a sum over N is never cut in two and rounded between.
-  const int64_t D = left.size(1), size = itemsize(compute);
-  const int64_t P = std::min(K, std::max<int64_t>(64, PANEL_BYTES / (size * D) / 64 * 64));
-  char* data = panel_scratch.get<char>(D * P * size);
-  for (int64_t k0 = 0; k0 < K; k0 += P) {
-    const int64_t p = std::min(P, K - k0);
-    const Tensor panel = view(data, {D, p}, compute);
-    parallel(N, ceil_div(16384, p), [&](int64_t a, int64_t e) {
-      for (int64_t n = a; n < e; n++) decoder.elements(dtype, !bf16, n * K + k0, n * K + k0 + p, data + n * p * size);
+  const Outer outer_A(product, {{g, product.type}, r}, r, {{x, dtype}, K, dropout.active() ? &dropout : nullptr}, K, M,
+                      dropped_scale, {dA, adapter.A.dtype}, false, nullptr);
+  const Outer outer_B(product, {{h, dtype}, r}, dB ? r : 0, source_dy, N, M, adapter.scaling, {dB, adapter.B.dtype}, true,
+                      dbias);
+  const bool need_B = dB || dbias;
+  uint32_t* packed_g = dA ? dA_scratch.get<uint32_t>(outer_A.packed_dwords()) : nullptr;
+  uint32_t* packed_h = need_B ? dB_scratch.get<uint32_t>(outer_B.packed_dwords()) : nullptr;
+
+  with_team(threads_for(M, w), [&](Team& team) {
+    static thread_local Scratch tile_scratch, strip_scratch, sum_scratch;
+    constexpr int64_t UNIT = 1024;  // of N, of 16 columns of B
+    const int64_t decode_units = dx && M ? absmax_units(w) : 0, b_units = ceil_div(N, UNIT);
+    team.share(decode_units + (need_g && M ? groups * b_units : 0), [&](int64_t unit) {
+      if (unit < decode_units) return decode_absmax_unit(w, unit, absmax);
+      const int64_t q = (unit - decode_units) / b_units * GROUP, n0 = (unit - decode_units) % b_units * UNIT;
+      product.interleave(B, n0, std::min(UNIT, N - n0), q, static_cast<int>(std::min<int64_t>(GROUP, r - q)),
+                         right + q * steps + product.steps(n0) * GROUP, GROUP, GROUP);
     });
-    if (extra_rows) {
-      panel.narrow(0, N, r).copy_(A.narrow(1, k0, p));
-      panel.narrow(0, N + r, D - N - r).zero_();
+    team.sync();
+    for (int64_t m0 = 0; m0 < M && (dx || need_g); m0 += block) {
+      const Tiles tiles(std::min(block, M - m0));
+      team.share(tiles.count, [&](int64_t i) { left.pack(m0, tiles, i, packed, tile_scratch); });
+      team.sync();
+      if (!dx) continue;
+      multiply(
+          team, left, packed, m0, tiles, {K, nullptr, r && dropout.active() ? &dropout : nullptr},
+          [&](int64_t k, int64_t n0, int64_t n1, const Panel& panel) { weight.straight(k, n0, n1, panel); },
+          [&](int64_t k, const Panel& panel, int64_t step) {
+            product.interleave(A, 0, r, k, static_cast<int>(std::min<int64_t>(COLUMNS, K - k)), panel.at(0, step), panel.width,
+                               panel.group_stride());
+          },
+          dx, accumulate_dx ? DType::f32 : dtype, accumulate_dx);
+      team.sync();
     }
-    Tensor slice = dx.narrow(1, k0, p);
-    if (bf16 && !masked.defined()) {
-      at::mm_out(slice, left, panel);
-      continue;
-    }
-    Tensor sum = at::mm(left, panel).to(at::kFloat);
-    if (masked.defined())
-      sum.add_(masked.narrow(1, k0, p));
-    else if (r)
-      sum.addmm_(g, A.narrow(1, k0, p));
-    slice.copy_(sum);
-  }
+    team.share(2, [&](int64_t i) {
+      if (i == 0 && dA) outer_A.pack(packed_g, strip_scratch);
+      if (i == 1 && need_B) outer_B.pack(packed_h, strip_scratch);
+    });
+    team.sync();
+    const int64_t strips_A = dA ? outer_A.strips() : 0, strips_B = need_B ? outer_B.strips() : 0;
+    team.share(strips_A + strips_B, [&](int64_t i) {
+      if (i < strips_A)
+        outer_A.strip(packed_g, i, strip_scratch, sum_scratch);
+      else
+        outer_B.strip(packed_h, i - strips_A, strip_scratch, sum_scratch);
+    });
+  });
 }
 
 }  // namespace lora_kernels::cpu

@@ -90,7 +90,15 @@ def qlora_linear_backward(
     seed: Tensor | None,
     needs: tuple[bool, bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    return _extension().qlora_linear_backward(dy, x, h, *_weight(qw), lora_A, lora_B, scaling, dropout_p, seed, needs)
+    return _backward(dy, x, h, (qw, lora_A, lora_B, scaling, None, dropout_p, seed), needs, None)
+
+
+def _backward(
+    dy: Tensor, x: Tensor | None, h: Tensor | None, layer: Layer, needs: tuple[bool, bool, bool, bool], dx: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """`dx`, if given, is float32 and is added to."""
+    qw, lora_A, lora_B, scaling, _, dropout_p, seed = layer
+    return _extension().qlora_linear_backward(dy, x, h, *_weight(qw), lora_A, lora_B, scaling, dropout_p, seed, needs, dx)
 
 
 def qlora_linear_group(x: Tensor, layers: Sequence[Layer]) -> tuple[list[Tensor], list[Tensor]]:
@@ -106,14 +114,11 @@ def qlora_linear_group_backward(
     need_dx: bool,
     needs: Sequence[tuple[bool, bool, bool]],
 ) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None], list[Tensor | None]]:
-    dx: Tensor | None = None
+    dx = None
+    if need_dx:  # the sum over the layers, rounded once at the end
+        dx = dys[0].new_zeros(dys[0].shape[0], layers[0][0].shape[1], dtype=torch.float32)
     others = []
-    for dy, h, (qw, A, B, scaling, _, dropout_p, seed), need in zip(dys, hs, layers, needs, strict=True):
-        part, *rest = qlora_linear_backward(
-            dy, x if need[0] else None, h, qw, A, B, scaling, dropout_p, seed, (need_dx, *need)
-        )
-        if part is not None:
-            dx = part.float() if dx is None else dx.add_(part)
-        others.append(rest)
+    for dy, h, layer, need in zip(dys, hs, layers, needs, strict=True):
+        others.append(_backward(dy, x if need[0] else None, h, layer, (need_dx, *need), dx)[1:])
     dAs, dBs, dbiases = map(list, zip(*others, strict=True))
     return None if dx is None else dx.to(dys[0].dtype), dAs, dBs, dbiases

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import bitsandbytes as bnb
 import torch
@@ -15,11 +16,12 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from .. import backends
 from ..autograd import dequantize, qlora_linear, quantize
 from ..formats import QUANT_TYPES, QuantizedWeight, codebook
+from ..nn import PackedWeight
 
 _OURS = (bnb.nn.Linear4bit, bnb.nn.LinearNF4, bnb.nn.LinearFP4)
 
 
-class FusedLinear4bit(bnb.nn.Linear4bit):
+class FusedLinear4bit(PackedWeight, bnb.nn.Linear4bit):
     """`bnb.nn.Linear4bit` with our forward, which never repacks the weight.
 
     Made by `from_quantized`, or by giving this class to a quantized `Linear4bit` after `adopt` accepted it.
@@ -57,10 +59,9 @@ class FusedLinear4bit(bnb.nn.Linear4bit):
         if state is None:  # a sharded or replaced parameter loses it; the layer keeps it
             state = self.quant_state
         nested = state.state2
-        scales = (
-            (state.absmax, None, None, None) if nested is None else (state.absmax, nested.absmax, nested.code, state.offset)
-        )
-        return QuantizedWeight(weight, *scales, tuple(state.shape), state.dtype, state.quant_type, state.blocksize)  # type: ignore[arg-type]
+        scales2: Any = (None, None, None) if nested is None else (nested.absmax, nested.code, state.offset)
+        meta: Any = (tuple(state.shape), state.dtype, state.quant_type, state.blocksize)
+        return QuantizedWeight(weight, state.absmax, *scales2, *meta)  # type: ignore[arg-type]
 
     def fused_state(self) -> tuple[QuantizedWeight, str | None, str, str | None]:
         """Weight, adapter, what the layer computes, and why it is not fused (None: it is), for `lora_kernels.verify`."""
@@ -70,6 +71,12 @@ class FusedLinear4bit(bnb.nn.Linear4bit):
         weight = qw.to_bitsandbytes()
         weight.module = self
         self.weight, self.quant_state, self.quant_storage = weight, weight.quant_state, qw.quant_storage
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if getattr(self.weight, "quant_state", None) is None and self.quant_state is not None:
+            saved = self.quantized_weight.state_dict(f"{prefix}weight")
+            destination.update({k: v if keep_vars else v.detach() for k, v in saved.items()})
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         return dequantize(self.quantized_weight, dtype)

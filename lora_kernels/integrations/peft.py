@@ -385,7 +385,8 @@ def enable_peft() -> None:
         wanted = getattr(peft_config, "target_modules", None)
         config = all_linear(peft_config, model)
         if isinstance(wanted, str) and wanted.lower() == "all-linear":
-            head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+            get_head: Any = getattr(model, "get_output_embeddings", None)
+            head = get_head() if get_head is not None else None
             ours = {n for n, m in model.named_modules() if isinstance(m, FusedQLoRALinear) and m is not head}
             inside = {n for n, m in model.named_modules() if isinstance(m, BaseTunerLayer) and _is_base(_base_of(m))}
             config.target_modules |= {n for n in ours if not any(n.startswith(f"{i}.") for i in inside)}

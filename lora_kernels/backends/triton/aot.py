@@ -1,7 +1,7 @@
 """Every kernel with the settings it is shipped with, compiled ahead of time for a GPU that need not be there.
 
-`shipped(arch)` runs the real ops on tensors without data and lists what they would launch on that GPU; `compile_launch` compiles
-one of them and reads registers, spills, shared memory and instructions off the machine code.
+`shipped(arch)` runs the real ops on tensors without data and lists what they would launch on that GPU;
+`compile_build` compiles one of them and reads registers, spills, shared memory and instructions off the machine code.
 """
 
 from __future__ import annotations
@@ -25,10 +25,17 @@ from .launch import Launch, recording
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (1024, 4096), (576, 576), (1536, 576), (576, 1536))
 """(N, K) of the benchmark's layers."""
 ROWS = (1, 4, 16, 17, 64, 256, 512, 4096)
-RANKS = (8, 16, 64, 256)
+RANKS = (8, 16, 32, 64, 256)
 SHARED_MEMORY = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 103: 232448, 120: 101376}
 """Bytes of shared memory that one program may use."""
-POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.uint8: "*u8", torch.int32: "*i32", torch.int64: "*i64"}
+POINTERS = {
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.uint8: "*u8",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
 MATRIX = ("UTCHMMA", "UTCMMA", "HGMMA", "HMMA")
 
 
@@ -94,14 +101,16 @@ def _calls(dtypes: tuple[torch.dtype, ...]) -> Iterator[None]:
             for quant_type in ("nf4", "fp4") if double_quant else ("nf4",):
                 qw = meta_weight(4096, 4096, quant_type, 64, double_quant)
                 dequantize(qw, dtype)
-        quantize(torch.empty(4096, 4096, dtype=dtype, device="meta"), "nf4", 64, True)
+        for weight, quant_type, blocksize in ((4096, "nf4", 64), (4096, "fp4", 64), (65, "nf4", 64), (4096, "nf4", 4096)):
+            quantize(torch.empty(4096, weight, dtype=dtype, device="meta"), quant_type, blocksize, True)
+        dequantize(meta_weight(33, 65, "nf4", 64, True), dtype)
         for N, K in SHAPES:
             qw = meta_weight(N, K, "nf4", 64, True)
             for M in ROWS:
                 x, dy = (torch.empty(M, n, dtype=dtype, device="meta") for n in (K, N))
                 qlora_linear(x, qw, None, None, 1.0, None, 0.0, None)
                 yield
-                for r in RANKS if M in (1, 256) else (16, 64):
+                for r in RANKS if M in (1, 256, 4096) and N == 4096 else (16, 64):
                     A, B = torch.empty(r, K, dtype=dtype, device="meta"), torch.empty(N, r, dtype=dtype, device="meta")
                     _, h = qlora_linear(x, qw, A, B, 2.0, None, 0.0, None)
                     if M >= 16:

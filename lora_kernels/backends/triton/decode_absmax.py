@@ -25,5 +25,11 @@ def decode_absmax(absmax: Tensor, absmax2: Tensor, code2: Tensor, offset: Tensor
     config = pick_config("decode_absmax", 0, 1, absmax.numel(), 0, arch_of(absmax.device))
     with on(absmax.device):
         flags = {"BLOCK": config.block_n, "PTX": has_ptx()}
-        launch(decode_scales, (cdiv(out.numel(), config.block_n),), (absmax, code2, absmax2, offset, out, out.numel()), flags, config)
+        launch(
+            decode_scales,
+            (cdiv(out.numel(), config.block_n),),
+            (absmax, code2, absmax2, offset, out, out.numel()),
+            flags,
+            config,
+        )
     return out

@@ -113,6 +113,7 @@ def _launch(qw: QuantizedWeight, out: Tensor, first: int, cols: int, stride: int
         sizes = first // group, count // group, cols // group, stride // group
         launch(dequantize_groups, (cdiv(count // group, n),), (*args, out, *sizes), flags, config)
     else:
+        block = config.block_n // 8  # 64-bit indices take registers
         args = (*args[:5], constant(qw.quant_type, qw.device))
-        flags = {"BLOCK": config.block_n, "BLOCKSIZE": qw.blocksize, "NESTED": qw.double_quant, "PTX": has_ptx()}
-        launch(dequantize_elements, (cdiv(count, config.block_n),), (*args, out, first, count, cols, stride), flags, config)
+        flags = {"BLOCK": block, "BLOCKSIZE": qw.blocksize, "NESTED": qw.double_quant, "PTX": has_ptx()}
+        launch(dequantize_elements, (cdiv(count, block),), (*args, out, first, count, cols, stride), flags, config)

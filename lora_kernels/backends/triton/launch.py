@@ -102,13 +102,14 @@ def weight_args(qw: QuantizedWeight, dtype: torch.dtype) -> tuple[Tensor | None,
     `lut` is the codebook in memory, None where the codes are decoded with byte permutes.
     """
     lut = None if has_ptx() and dtype != torch.float32 else constant(qw.quant_type, qw.device)
-    return qw.codes(), qw.absmax, qw.code2, qw.absmax2, qw.offset, lut
+    scales = (t if t is None else t.contiguous() for t in (qw.absmax, qw.code2, qw.absmax2, qw.offset))
+    return qw.codes().contiguous(), *scales, lut
 
 
 def group_of(qw: QuantizedWeight, multiple: int) -> int:
     """Elements that a kernel decodes with one scale: the largest group that divides both a block and `multiple`, or 0 where
     neither 64 nor 32 does, or the bytes are not aligned, and elements have to be decoded one by one."""
-    if qw.packed.data_ptr() % 16 or qw.numel >= 1 << 35:
+    if (qw.packed.is_contiguous() and qw.packed.data_ptr() % 16) or qw.numel >= 1 << 35:
         return 0
     return next((g for g in (64, 32) if multiple % g == 0 and qw.blocksize % g == 0), 0)
 

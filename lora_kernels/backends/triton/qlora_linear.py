@@ -91,7 +91,8 @@ def linear_small(
             BLOCK_N, BLOCK_K, DT, GROUP, SHIFT, NESTED, NF4, WORD4, PTX,
         )  # fmt: skip
         if SHUFFLE:
-            acc = dot(shuffle_k(w, BLOCK_N, BLOCK_K), shuffle_k(a, BLOCK_M, BLOCK_K).T, acc)
+            w = shuffle_k(w, BLOCK_N, BLOCK_K)
+            acc = dot(w, shuffle_k(a, BLOCK_M, BLOCK_K).T, acc)
         else:
             acc = dot(w, a.T, acc)
         if FUSE_H:
@@ -177,7 +178,7 @@ def linear_fused(
     x_tile = x + pm.to(tl.int64) * BLOCK_M * K  # offsets inside the tile fit in 32 bits, half the instructions
     local = tl.where(mm, tl.arange(0, BLOCK_M), 0)
     if LORA:
-        acc = low_rank(h, B, rows, outs, mn, N, r, BLOCK_M, BLOCK_N, R, True, DT) * scaling
+        acc = low_rank(h, B, rows, outs, mn, M, N, r, r, BLOCK_M, BLOCK_N, R, True, False, DT) * scaling
     else:
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if BIAS:
@@ -210,20 +211,28 @@ def qlora_linear(
     bias: Tensor | None,
     dropout_p: float,
     seed: Tensor | None,
+    h: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`y [M, N]` and `h [M, r]`, both in x.dtype."""
-    N, K = qw.shape
+    """`y [M, N]` and `h [M, r]`, both in x.dtype; `h` is not computed where it is given."""
     M, r = x.shape[0], 0 if lora_A is None else lora_A.shape[0]
-    config = pick_config("qlora_linear", M, N, K, r, arch_of(x.device))
-    config = usable(config, qw, K, K, config.block_k, x)
+    if M == 0:
+        return x.new_empty(0, qw.shape[0]), x.new_empty(0, r)
+    config = linear_config(x, qw, r)
     with on(x.device):
-        if M == 0:
-            return x.new_empty(0, N), x.new_empty(0, r)
+        fuse_h = config.fuse_h and lora_A is not None and not dropout_p and h is None
+        if h is None:
+            h = x.new_empty(M, r) if lora_A is None or fuse_h else project(x, lora_A, dropout_p, seed)
         if config.path == "small":
-            return _small(x, qw, lora_A, lora_B, scaling, bias, dropout_p, seed, config)
-        h = x.new_empty(M, 0) if lora_A is None else project(x, lora_A, dropout_p, seed)
-        linear = _fused if config.path == "fused" else _panel
-        return linear(x, h, qw, lora_B, scaling, bias, config), h
+            y = _small(x, h, qw, lora_A if fuse_h else None, lora_B, scaling, bias, config)
+        else:
+            y = (_fused if config.path == "fused" else _panel)(x, h, qw, lora_B, scaling, bias, config)
+    return y, h
+
+
+def linear_config(x: Tensor, qw: QuantizedWeight, r: int) -> Config:
+    N, K = qw.shape
+    config = pick_config("qlora_linear", x.shape[0], N, K, r, arch_of(x.device))
+    return usable(config, qw, K, K, config.block_k, x)
 
 
 def usable(config: Config, qw: QuantizedWeight, multiple: int, columns: int, tile: int, x: Tensor) -> Config:
@@ -235,27 +244,22 @@ def usable(config: Config, qw: QuantizedWeight, multiple: int, columns: int, til
 
 def _small(
     x: Tensor,
+    h: Tensor,
     qw: QuantizedWeight,
     lora_A: Tensor | None,
     lora_B: Tensor | None,
     scaling: float,
     bias: Tensor | None,
-    dropout_p: float,
-    seed: Tensor | None,
     config: Config,
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
+    """Computes `h` too, into `h`, where `lora_A` is given."""
     N, K = qw.shape
-    M, r = x.shape[0], 0 if lora_A is None else lora_A.shape[0]
-    fuse_h = config.fuse_h and lora_A is not None and not dropout_p
-    if lora_A is None or fuse_h:
-        h = x.new_empty(M, r)
-    else:
-        h = project(x, lora_A, dropout_p, seed)
+    M, r = h.shape
     y, split, grid = x.new_empty(M, N), config.split, (cdiv(N, config.block_n), config.split)
     partial = h_partial = counter = None
     if split > 1:
         partial, counter = x.new_empty(split, M, N, dtype=torch.float32), counters(x.device, grid[0])
-        h_partial = x.new_empty(split, M, r, dtype=torch.float32) if fuse_h else None
+        h_partial = None if lora_A is None else x.new_empty(split, M, r, dtype=torch.float32)
     group = group_of(qw, K)
     even = K % config.block_k == 0
     flags = {
@@ -264,16 +268,16 @@ def _small(
         "BLOCK_K": config.block_k,
         "R": rank_block(max(r, 1), 64),
         "SPLIT": split > 1,
-        "FUSE_H": fuse_h,
-        "LORA": lora_A is not None,
+        "FUSE_H": lora_A is not None,
+        "LORA": lora_B is not None,
         "BIAS": bias is not None,
         "EVEN_K": even,
         "SHUFFLE": config.shuffle,
         "WORD4": config.block_k == 256 and group == 64 and qw.blocksize == 64 and even and qw.absmax.data_ptr() % 16 == 0,
     }
-    args = (x, lora_A if fuse_h else None, lora_B, bias, h, h_partial, y, partial, counter, scaling, M, N, K, r, split)
+    args = (x, lora_A, lora_B, bias, h, h_partial, y, partial, counter, scaling, M, N, K, r, split)
     launch(linear_small, grid, (*weight_args(qw, x.dtype), *args), flags | weight_meta(qw, group), config)
-    return y, h
+    return y
 
 
 def _fused(

@@ -18,7 +18,7 @@ from .dequantize import decode_panel
 from .launch import arch_of, cdiv, group_of, launch, on, rank_block, weight_args, weight_meta
 from .qlora_linear import slices, usable
 from .settings import Config, pick_config
-from .tiles import cast, dot, kept, load_weight, swizzle
+from .tiles import cast, dot, kept, load_weight, swizzle, to_float
 
 
 @triton.jit(do_not_specialize=["M", "threshold"])
@@ -46,6 +46,7 @@ def dx_fused(
     R: tl.constexpr,
     GROUP_M: tl.constexpr,
     LORA: tl.constexpr,
+    ADD: tl.constexpr,
     DROPOUT: tl.constexpr,
     QUAD: tl.constexpr,
     EVEN_N: tl.constexpr,
@@ -55,7 +56,7 @@ def dx_fused(
     NF4: tl.constexpr,
     PTX: tl.constexpr,
 ):
-    """Tile `[BLOCK_M, BLOCK_K]` of dx, summed over N in steps of BLOCK_N."""
+    """Tile `[BLOCK_M, BLOCK_K]` of dx, summed over N in steps of BLOCK_N; ADD: onto what dx holds."""
     DT: tl.constexpr = dy.dtype.element_ty
     pm, pk = swizzle(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_K), GROUP_M)
     rm = pm * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -66,7 +67,7 @@ def dx_fused(
     dy_tile = dy + pm.to(tl.int64) * BLOCK_M * N
     local = tl.where(mm, tl.arange(0, BLOCK_M), 0)
     if LORA:
-        acc = low_rank(g, A, rows, rk, rk < K, K, r, BLOCK_M, BLOCK_K, R, False, DT) * scale
+        acc = low_rank(g, A, rows, rk, rk < K, M, K, r, r, BLOCK_M, BLOCK_K, R, False, False, DT) * scale
         if DROPOUT:
             acc = tl.where(kept(seed, threshold, rows, col, K, BLOCK_M, BLOCK_K, QUAD), acc, 0.0)
     else:
@@ -85,7 +86,10 @@ def dx_fused(
         )  # fmt: skip
         acc = dot(d, w, acc)
     mine = mm[:, None] & (rk >= pk * BLOCK_K)[None, :]
-    tl.store(dx + rows[:, None] * K + rk[None, :], cast(acc, DT), mask=mine)
+    place = dx + rows[:, None] * K + rk[None, :]
+    if ADD:
+        acc += to_float(tl.load(place, mask=mine, other=0.0))
+    tl.store(place, cast(acc, DT), mask=mine)
 
 
 def qlora_linear_backward(
@@ -102,27 +106,36 @@ def qlora_linear_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """`dx, dA, dB, dbias` (float32), None where `needs` is False."""
     need_dx, need_dA, need_dB, need_dbias = needs
-    M, (N, K) = dy.shape[0], qw.shape
     with on(dy.device):
-        zeros = M == 0
-        new = torch.zeros_like if zeros else torch.empty_like
-        dA = new(lora_A) if need_dA and lora_A is not None else None
-        dB = new(lora_B) if need_dB and lora_B is not None else None
-        dbias = new(dy[:1].expand(1, N).reshape(-1) if M else dy.new_empty(N), dtype=torch.float32) if need_dbias else None
-        if zeros:
-            return dy.new_empty(0, K) if need_dx else None, dA, dB, dbias
-        g = None
-        factor = lora_B if need_dx or need_dA else None
-        if factor is not None or dB is not None or dbias is not None:
-            g = read(dy, factor, h if need_dB else None, scaling, dB, False, dbias)
-        if dA is not None:
-            assert x is not None and g is not None
-            read(x, None, g, scaling, dA, True, None, dropout_p, seed)
-        dx = _dx(dy, g, qw, lora_A, scaling, dropout_p, seed) if need_dx else None
+        g, dB, dbias = read_dy(dy, h, lora_B, scaling, need_dx or need_dA, need_dB, need_dbias)
+        dA = None
+        if need_dA:
+            assert x is not None and g is not None and lora_A is not None
+            dA = torch.empty_like(lora_A)
+            if x.shape[0]:
+                read(x, None, g, scaling, [dA], True, None, dropout_p, seed)
+            else:
+                dA.zero_()
+        dx = add_dx(dy, g, qw, lora_A, scaling, dropout_p, seed, None) if need_dx else None
     return dx, dA, dB, dbias
 
 
-def _dx(
+def read_dy(
+    dy: Tensor, h: Tensor | None, lora_B: Tensor | None, scaling: float, need_g: bool, need_dB: bool, need_dbias: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """`g`, `dB` and `dbias` from one read of `dy`, None where not needed."""
+    M, N = dy.shape
+    g = dy.new_empty(M, lora_B.shape[1]) if need_g and lora_B is not None else None
+    dB = torch.empty_like(lora_B) if need_dB and lora_B is not None else None
+    dbias = dy.new_empty(N, dtype=torch.float32) if need_dbias else None
+    if M == 0:
+        return g, None if dB is None else dB.zero_(), None if dbias is None else dbias.zero_()
+    if g is not None or dB is not None or dbias is not None:
+        read(dy, lora_B, h if need_dB else None, scaling, [] if dB is None else [dB], False, dbias, product=g)
+    return g, dB, dbias
+
+
+def add_dx(
     dy: Tensor,
     g: Tensor | None,
     qw: QuantizedWeight,
@@ -130,14 +143,19 @@ def _dx(
     scaling: float,
     dropout_p: float,
     seed: Tensor | None,
+    onto: Tensor | None,
 ) -> Tensor:
+    """`dy W + dropout(s g A)`, added to `onto` if it is given."""
     N, K = qw.shape
     M, r = dy.shape[0], 0 if g is None else g.shape[1]
-    config = pick_config("dx", M, N, K, r, arch_of(dy.device))
-    config = usable(config, qw, K, K, config.block_k, dy)
+    if M == 0:
+        return dy.new_empty(0, K)
+    config = dx_config(dy, qw, r)
     if config.path == "panel":
-        return _panel(dy, g, qw, lora_A, scaling, dropout_p, seed)
-    dx = dy.new_empty(M, K)
+        if g is not None and lora_A is not None:
+            onto = expand(g, lora_A, False, scaling, None, dropout_p, seed, onto)
+        return add_panels(dy, qw, onto)
+    dx = dy.new_empty(M, K) if onto is None else onto
     seed, threshold, keep_scale, flags = keep_args(seed, dropout_p, K)
     flags |= {
         "BLOCK_M": config.block_m,
@@ -146,6 +164,7 @@ def _dx(
         "R": rank_block(max(r, 1), 64),
         "GROUP_M": config.group,
         "LORA": g is not None,
+        "ADD": onto is not None,
         "EVEN_N": N % config.block_n == 0,
     }
     grid = (cdiv(M, config.block_m) * cdiv(K, config.block_k),)
@@ -154,22 +173,18 @@ def _dx(
     return dx
 
 
-def _panel(
-    dy: Tensor,
-    g: Tensor | None,
-    qw: QuantizedWeight,
-    lora_A: Tensor | None,
-    scaling: float,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> Tensor:
+def dx_config(dy: Tensor, qw: QuantizedWeight, r: int) -> Config:
     N, K = qw.shape
-    if g is not None and lora_A is not None:
-        dx = expand(g, lora_A, False, scaling, None, dropout_p, seed)
-    else:
-        dx = dy.new_empty(dy.shape[0], K)
+    config = pick_config("dx", dy.shape[0], N, K, r, arch_of(dy.device))
+    return usable(config, qw, K, K, config.block_k, dy)
+
+
+def add_panels(dy: Tensor, qw: QuantizedWeight, onto: Tensor | None) -> Tensor:
+    """`dy W`, added to `onto` if it is given, a strip of columns at a time."""
+    N, K = qw.shape
+    dx = dy.new_empty(dy.shape[0], K) if onto is None else onto
     for cols in slices(K, N * dy.itemsize):
         w = decode_panel(qw, dy.dtype, range(N), cols)
-        out = dx[:, cols.start : cols.stop]
-        out.addmm_(dy, w) if g is not None else torch.mm(dy, w, out=out)
+        strip = dx[:, cols.start : cols.stop]
+        torch.mm(dy, w, out=strip) if onto is None else strip.addmm_(dy, w)
     return dx

@@ -46,7 +46,8 @@ def quantize_blocks(
     block = tl.program_id(0).to(tl.int64) * N_BLOCKS + tl.arange(0, N_BLOCKS)
     i = block[:, None] * BLOCKSIZE + tl.arange(0, BLOCKSIZE)[None, :]
     v = to_float(tl.load(weight + i, mask=i < count, other=0.0))
-    tl.store(bad + i * 0, 1, mask=~(tl.abs(v) < float("inf")))
+    zero = tl.sum(v * 0.0, axis=1)  # NaN where an element is not finite, which a maximum would lose
+    tl.store(bad + block * 0, 1, mask=zero != 0)
     most = tl.max(tl.abs(v), axis=1)
     divisor = tl.maximum(most, tl.full((N_BLOCKS,), TINY, tl.float32))
     scaled = v * tl.div_rn(tl.full((N_BLOCKS,), 1.0, tl.float32), divisor)[:, None]
@@ -55,12 +56,13 @@ def quantize_blocks(
         scaled = tl.where(short[:, None], tl.div_rn(v, tl.broadcast_to(divisor[:, None], v.shape)), scaled)
         most = tl.where(short, divisor, most)
     tl.store(absmax + block, most, mask=block * BLOCKSIZE < count)
-    code = tl.zeros_like(scaled).to(tl.int32)
+    below = tl.zeros_like(scaled)  # counted in float32: LLVM would narrow an integer count to bytes kept on the stack
     for m in tl.static_range(15):
         if NF4:
-            code += (scaled > NF4_MIDPOINTS[m]).to(tl.int32)
+            below += tl.where(scaled > NF4_MIDPOINTS[m], 1.0, 0.0)
         else:
-            code += (scaled > FP4_MIDPOINTS[m]).to(tl.int32)
+            below += tl.where(scaled > FP4_MIDPOINTS[m], 1.0, 0.0)
+    code = below.to(tl.int32)
     if not NF4:
         order = tl.full(code.shape, FP4_ORDER, tl.int64)
         code = ((order >> (4 * code).to(tl.int64)) & 15).to(tl.int32)

@@ -1,3 +1,4 @@
+# ruff: noqa: SIM300 (M and K are sizes, not constants)
 """How each kernel is launched: a frozen `Config` and the pure function that picks one.
 
 No GPU is needed and nothing is timed here.  A GPU that has no table of its own gets the floors: the values that follow from
@@ -27,6 +28,7 @@ class Config:
         group: row tiles that share columns in L2, for `swizzle`.
         shuffle: whether both operands of the dot get the K order in which a lane loads its own fragment.
         fuse_h: whether the small path computes `h` itself.
+        registers: most registers a thread, 0 for no limit.
     """
 
     path: str = ""
@@ -40,11 +42,13 @@ class Config:
     group: int = 8
     shuffle: bool = False
     fuse_h: bool = False
+    registers: int = 0
 
     @property
     def options(self) -> dict[str, int | bool]:
         """What Triton is told besides the kernel's own arguments."""
-        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": False}
+        options = {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": False}
+        return options | {"maxnreg": self.registers} if self.registers else options
 
 
 @dataclass(frozen=True)
@@ -96,20 +100,26 @@ def _qlora_linear(M: int, N: int, K: int, r: int, gpu: Gpu, arch: int) -> Config
     if M <= gpu.small:
         return _small(M, N, K, r, gpu, arch)
     if M <= gpu.fused:
+        if not _asynchronous(
+            arch
+        ):  # 4 warps side by side along N: each decodes its own part of W, 8.6 instructions a weight for 17
+            return Config("fused", 64, 128, 64, warps=4)
         # 128 x 128 x 64 with 8 warps leaves room for two programs an SM, and the second one is what hides the decode
         block_n = 128 if _tiles(M, 128, N, 128) >= gpu.sms else 64
-        return Config("fused", 128, block_n, 64, warps=8 if block_n == 128 else 4)
+        if block_n == 128:
+            return Config("fused", 128, 128, 64, warps=8, registers=128)
+        return Config("fused", 128, 64, 64, warps=4)
     return Config("panel")
 
 
 def _small(M: int, N: int, K: int, r: int, gpu: Gpu, arch: int) -> Config:
     block_m = 16 if M <= 16 else 32 if M <= 32 else 64
-    shuffle = arch < 100  # the shuffled operand does not compile for the tensor memory of sm_100 in Triton 3.6
+    shuffle = not 100 <= arch < 120  # the shuffled operand does not compile for tensor memory in Triton 3.6
     fuse_h = block_m == 16 and 0 < r <= 16
     config = Config("small", block_m, 64, 128, warps=4, shuffle=shuffle, fuse_h=fuse_h)
-    if block_m == 64 or (fuse_h and arch >= 100):
+    if block_m == 64 or (fuse_h and not shuffle):
         config = replace(config, block_n=128, warps=8)
-    elif block_m == 16 and not fuse_h and K % 256 == 0 and arch >= 90:
+    elif block_m == 16 and not fuse_h and K % 256 == 0 and _asynchronous(arch):
         config = replace(config, block_k=256)
     if K < config.block_k:
         config = replace(config, block_k=64 if K >= 64 else 32)
@@ -120,11 +130,15 @@ def _small(M: int, N: int, K: int, r: int, gpu: Gpu, arch: int) -> Config:
 def _dx(M: int, N: int, K: int, r: int, gpu: Gpu, arch: int) -> Config:
     if M > gpu.fused_dx:
         return Config("panel")
-    block_k = 128 if K >= 128 and _tiles(M, 128, K, 128) >= gpu.sms else 64
-    block_m = 128 if M > 64 else 64
-    return Config("fused", block_m, 64, min(block_k, 64 if K >= 64 else 32), warps=4) if block_k == 64 else Config(
-        "fused", block_m, 64, 128, warps=8
-    )
+    block_m = 128 if M > 64 and _asynchronous(arch) else 64
+    if K >= 128 and (_tiles(M, 128, K, 128) >= gpu.sms or not _asynchronous(arch)):
+        return Config("fused", block_m, 64, 128, warps=8, registers=128 if block_m == 128 else 0)
+    return Config("fused", block_m, 64, 64 if K >= 64 else 32, warps=4)
+
+
+def _asynchronous(arch: int) -> bool:
+    """Whether the tensor cores read operands from shared or tensor memory (sm_90, sm_100), not from registers."""
+    return 90 <= arch < 120
 
 
 def _project(M: int, N: int, K: int, r: int, gpu: Gpu, arch: int) -> Config:
@@ -141,8 +155,10 @@ def _expand(M: int, N: int, K: int, r: int, gpu: Gpu, arch: int) -> Config:
 def _read_once(M: int, N: int, K: int, r: int, gpu: Gpu, arch: int) -> Config:
     block_m = 64 if M > 32 else 32 if M > 16 else 16
     columns = -(-N // 128)
-    steps = max(1, min(8, -(-M // block_m) * columns // (2 * gpu.sms)))  # fewer partials of dB, as long as 2 programs an SM are left
-    return Config("", block_m, 128, steps=steps, warps=8)
+    steps = max(
+        1, min(8, -(-M // block_m) * columns // (2 * gpu.sms))
+    )  # fewer partials of dB, as long as 2 programs an SM are left
+    return Config("", block_m, 128, steps=steps, warps=4 if r <= 16 and not _asynchronous(arch) else 8)
 
 
 _PICK = {

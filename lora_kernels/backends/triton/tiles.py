@@ -1,3 +1,4 @@
+# ruff: noqa: SIM300 (DT is the dtype that is asked about)
 """What the kernels share on the device: decoding of codes and scales, dropout, program order, casts and dots.
 
 A tile of the weight is decoded in groups: `GROUP` (32 or 64) elements of the flattened weight that start at a multiple of
@@ -30,7 +31,7 @@ INTERPRET = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 def table_asm(code: list[float], dtype: str) -> str:
     """absmax ($8) -> the block's 16 scaled 16-bit values, low bytes in $0-$3, high bytes in $4-$7."""
-    bits = ["0f%08X" % struct.unpack(">I", struct.pack(">f", v))[0] for v in code]
+    bits = [f"0f{struct.unpack('>I', struct.pack('>f', v))[0]:08X}" for v in code]
     asm = "{\n.reg .f32 v<16>;\n.reg .b32 p<8>;\n"
     asm += "".join(f"mul.rn.f32 v{i}, $8, {b};\n" for i, b in enumerate(bits))
     asm += "".join(f"cvt.rn.{dtype}x2.f32 p{i}, v{2 * i + 1}, v{2 * i};\n" for i in range(8))
@@ -150,10 +151,9 @@ def _halves(pairs, DT: tl.constexpr):
 def decode(words, scale, lut, R: tl.constexpr, W: tl.constexpr, DT: tl.constexpr, NF4: tl.constexpr, PTX: tl.constexpr):
     """int32 words `[R, W]` of 8 codes, float32 scale `[R, 1]` of the one block a row lies in -> DT `[R, 8 W]`."""
     if PTX and DT != tl.float32:
-        if NF4:
-            table: tl.constexpr = NF4_BF16 if DT == tl.bfloat16 else NF4_FP16
-        else:
-            table: tl.constexpr = FP4_BF16 if DT == tl.bfloat16 else FP4_FP16
+        nf4: tl.constexpr = NF4_BF16 if DT == tl.bfloat16 else NF4_FP16
+        fp4: tl.constexpr = FP4_BF16 if DT == tl.bfloat16 else FP4_FP16
+        table: tl.constexpr = nf4 if NF4 else fp4
         t0, t1, t2, t3, t4, t5, t6, t7 = tl.inline_asm_elementwise(
             table, "=r,=r,=r,=r,=r,=r,=r,=r,f", [scale], dtype=(tl.int32,) * 8, is_pure=True, pack=1
         )

@@ -1,0 +1,1 @@
+"""Short programs to start from.  Each runs as `python -m lora_kernels.examples.NAME ARGUMENTS`."""

@@ -1,0 +1,201 @@
+"""Two processes: DDP, FSDP2 and FSDP1 train to the losses of one process, and the packed weights really are sharded.
+
+This file is also the program that torchrun starts: it writes what it saw as JSON, and the tests judge it.
+"""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import tiny_llama
+from torch import nn
+
+import lora_kernels as lk
+from lora_kernels import FusedQLoRALinear
+
+CPU = torch.device("cpu")
+KINDS = ["own", "bitsandbytes"]
+IDS = torch.arange(4 * 18).reshape(4, 18) * 7 % 96
+
+
+def build(kind, **quant):
+    from peft import LoraConfig, get_peft_model
+
+    lk.enable_peft()
+    model = lk.apply_qlora(tiny_llama(), r=0, **quant)
+    if kind == "bitsandbytes":
+        from lora_kernels.integrations.bitsandbytes import FusedLinear4bit
+
+        for name, m in list(model.named_modules()):
+            if isinstance(m, FusedQLoRALinear):
+                model.set_submodule(name, FusedLinear4bit.from_quantized(m.quantized_weight, m.bias))
+        model.is_loaded_in_4bit = True
+    torch.manual_seed(0)
+    model = get_peft_model(model, LoraConfig(r=3, lora_alpha=8, target_modules="all-linear"))
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(p, std=0.05)
+    return model
+
+
+def steps(model, ids, reduce=True, n=3):
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for i in range(n):
+        loss = model(input_ids=ids * (i + 1) % 96, labels=ids * (i + 1) % 96).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        loss = loss.detach().clone()
+        if reduce:
+            dist.all_reduce(loss, dist.ReduceOp.AVG)
+        losses.append(loss.item())
+    return losses
+
+
+def shard(model, **options):
+    from torch.distributed.fsdp import fully_shard
+
+    for layer in model.base_model.model.model.layers:
+        fully_shard(layer, **options)
+    return fully_shard(model, **options)
+
+
+def scales(model):
+    weights = [m.quantized_weight for m in model.modules() if hasattr(m, "quantized_weight")]
+    return [t for qw in weights for t in (qw.absmax, qw.absmax2, qw.code2, qw.offset)]
+
+
+def program(out):
+    """What each process does."""
+    from torch.distributed.checkpoint import load, save
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+    from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy
+
+    from lora_kernels.integrations.distributed import load_full_state_dict, packed_bytes
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    mine = IDS[2 * rank : 2 * rank + 2]
+    seen = {}
+    for kind in KINDS:
+        seen[kind] = got = {}
+        one = build(kind)
+        state = {k: v.clone() for k, v in one.state_dict().items()}
+        got["one"] = steps(one, IDS, reduce=False)
+        got["ddp"] = steps(nn.parallel.DistributedDataParallel(build(kind)), mine)
+
+        model = shard(build(kind))
+        got["bytes"] = packed_bytes(model)
+        got["fused"] = len(lk.verify(model, strict=True).fused)
+        full = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+        if rank == 0:
+            got["full"] = full.keys() == state.keys() and all(torch.equal(full[k], state[k]) for k in state)
+        got["fsdp2"] = steps(model, mine)
+
+        before = [t.clone() for t in scales(one)]
+        bf16 = shard(build(kind), mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16), reshard_after_forward=False)
+        got["bf16"] = steps(bf16, mine)
+        got["scales"] = all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(scales(bf16), before, strict=True))
+
+        sharded = get_model_state_dict(model)  # the trained model, through a distributed checkpoint
+        save(sharded, checkpoint_id=f"{out}.{kind}.dcp")
+        again = shard(build(kind))
+        sharded = get_model_state_dict(again)
+        load(sharded, checkpoint_id=f"{out}.{kind}.dcp")
+        set_model_state_dict(again, sharded)
+        a, b = (steps(m, mine, n=1) for m in (model, again))
+        got["dcp"] = a == b
+
+        if kind == "own":  # made on the meta device, filled by process 0
+            empty = shard(copy.deepcopy(build(kind)).to("meta")).to_empty(device="cpu")
+            with torch.no_grad():
+                for m in empty.modules():  # what no state dict holds
+                    if hasattr(m, "inv_freq"):
+                        m.inv_freq.copy_(one.base_model.model.model.rotary_emb.inv_freq)
+            load_full_state_dict(empty, state if rank == 0 else {})
+            got["meta"] = steps(empty, mine)
+
+    # FSDP1 flattens the parameters of a block, which must share a dtype: the packed weight is held in that of LoRA
+    model = build("own", quant_storage=torch.float32)
+    seen["fsdp1"] = steps(FullyShardedDataParallel(model, use_orig_params=True, device_id=CPU), mine)
+    try:
+        FullyShardedDataParallel(build("own"), use_orig_params=True, device_id=CPU)
+        seen["fsdp1 uint8"] = ""
+    except ValueError as e:
+        seen["fsdp1 uint8"] = str(e)
+    Path(f"{out}.{rank}").write_text(json.dumps(seen))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    program(sys.argv[1])
+    sys.exit()
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory):
+    pytest.importorskip("peft")
+    pytest.importorskip("bitsandbytes")
+    out = tmp_path_factory.mktemp("ranks") / "seen"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-endpoint", "localhost:0"]
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    command = [*torchrun, "--rdzv-backend", "c10d", __file__, str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    ranks = [json.loads(Path(f"{out}.{i}").read_text()) for i in range(2)]
+    for kind in KINDS:
+        print(kind, ranks[0][kind])
+    return ranks
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("way", ["ddp", "fsdp2"])
+def test_losses_are_those_of_one_process(seen, kind, way):
+    assert seen[0][kind][way] == pytest.approx(seen[0][kind]["one"], rel=1e-5)
+    assert seen[0][kind][way] == seen[1][kind][way]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_weights_are_sharded_and_fused(seen, kind):
+    halves = [rank[kind]["bytes"] for rank in seen]
+    assert halves[0][0] + halves[1][0] == halves[0][1]
+    assert abs(halves[0][0] / halves[0][1] - 0.5) < 0.01
+    assert seen[0][kind]["fused"] == 14
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_bf16_policy_leaves_the_scales_alone(seen, kind):
+    assert all(rank[kind]["scales"] for rank in seen)
+    assert seen[0][kind]["bf16"] == pytest.approx(seen[0][kind]["one"], rel=1e-2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_state_dicts_are_whole(seen, kind):
+    """The gathered one equals that of one process, byte for byte; a distributed checkpoint brings the model back."""
+    assert seen[0][kind]["full"]
+    assert all(rank[kind]["dcp"] for rank in seen)
+
+
+def test_a_model_from_the_meta_device(seen):
+    assert seen[0]["own"]["meta"] == pytest.approx(seen[0]["own"]["one"], rel=1e-5)
+
+
+def test_fsdp1_needs_quant_storage(seen):
+    assert seen[0]["fsdp1"] == pytest.approx(seen[0]["own"]["one"], rel=1e-5)
+    assert "uniform dtype" in seen[0]["fsdp1 uint8"]
+
+
+def test_one_process_can_not_be_loaded_as_several():
+    from lora_kernels.integrations.distributed import load_full_state_dict
+
+    with pytest.raises(RuntimeError, match="torchrun"):
+        load_full_state_dict(nn.Linear(2, 2), {})

@@ -1,0 +1,156 @@
+"""The compiled backend on each instruction-set level of this CPU, and around the sizes where it changes its algorithm."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from lora_kernels import testing
+from lora_kernels.backends import native, reference
+from lora_kernels.testing import Case
+
+pytestmark = pytest.mark.skipif(native.unavailable(torch.device("cpu")) is not None, reason="the C++ extension is not built")
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+def results(inputs: testing.Inputs, backend=native) -> testing.Results:
+    case = inputs.case
+    layer = (inputs.qw, inputs.lora_A, inputs.lora_B, case.scaling)
+    y, h = backend.qlora_linear(inputs.x, *layer, inputs.bias, case.dropout, inputs.seed)
+    needs = (True, case.r > 0, case.r > 0, case.bias)
+    gradients = backend.qlora_linear_backward(inputs.dy, inputs.x, h, *layer, case.dropout, inputs.seed, needs)
+    out = {"y": y, "h": h if case.r else None} | dict(zip(("dx", "dA", "dB", "dbias"), gradients, strict=True))
+    return {name: t for name, t in out.items() if t is not None}
+
+
+def digest(tensors: testing.Results) -> str:
+    data = b"".join(t.contiguous().view(torch.uint8).numpy().tobytes() for t in tensors.values())
+    return hashlib.sha256(data).hexdigest()
+
+
+# Either side of each boundary: rows of x (tiles of 6, few rows go to the dot kernels), columns (panels of 64, groups of 16),
+# K (straight decoding needs multiples of 32, dot kernels of 64), blocks (of 32, within a row, over several rows), rank
+# (groups of 16, pairs), contraction blocks (64 float32 steps, 2560 steps).
+BOUNDARIES = [
+    Case(1, 64, 64),
+    Case(1, 65, 640, r=17, bias=True, blocksize=4096),
+    Case(1, 63, 100, r=1),
+    Case(2, 1, 576, r=40, dropout=0.3),
+    Case(5, 130, 576, r=16, bias=True, lora_dtype=BF16),
+    Case(6, 130, 576, r=65),
+    Case(7, 63, 640, r=8, blocksize=32, quant_type="fp4"),
+    Case(12, 65, 2048, r=16, blocksize=1024, dropout=0.5),
+    Case(13, 65, 2048, r=0),
+    Case(2, 136, 390, r=0, bias=True, blocksize=1024),
+    Case(16, 64, 96, r=3, blocksize=256, double_quant=False),
+    Case(17, 63, 100, r=17, blocksize=4096, bias=True, dropout=0.1),
+    Case(129, 65, 576, r=16, blocksize=32, bias=True),
+    Case(64, 33, 33, r=5, blocksize=2048),
+    Case(20, 5184, 64, r=2),
+    Case(20, 32, 5184, r=2, dropout=0.2),
+    Case(3, 7, 1, r=1),
+]
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("case", BOUNDARIES, ids=lambda case: case.id)
+def test_boundaries(case: Case, dtype: torch.dtype):
+    lora_dtype = dtype if case.lora_dtype == BF16 else FP32
+    inputs = testing.make_inputs(Case(**{**vars(case), "dtype": dtype, "lora_dtype": lora_dtype}))
+    out = results(inputs)
+    testing.assert_close_to_oracle(out, inputs)
+    assert digest(out) == digest(results(inputs)), "a second run gave other bits"
+
+
+@pytest.mark.parametrize("needs", [(True, False, False, False), (False, True, False, False), (False, False, True, False),
+                                   (False, False, False, True), (False, False, False, False)])  # fmt: skip
+def test_gradients_alone_have_the_same_bits(needs: tuple[bool, bool, bool, bool]):
+    inputs = testing.make_inputs(Case(40, 130, 192, r=9, bias=True, dropout=0.2))
+    layer = (inputs.qw, inputs.lora_A, inputs.lora_B, 2.0)
+    h = native.qlora_linear(inputs.x, *layer, None, 0.2, inputs.seed)[1]
+    every = native.qlora_linear_backward(inputs.dy, inputs.x, h, *layer, 0.2, inputs.seed, (True, True, True, True))
+    x, h = inputs.x if needs[1] else None, h if needs[2] else None
+    some = native.qlora_linear_backward(inputs.dy, x, h, *layer, 0.2, inputs.seed, needs)
+    for want, got, needed in zip(every, some, needs, strict=True):
+        assert torch.equal(got, want) if needed else got is None
+
+
+def test_no_rows_give_zero_gradients():
+    inputs = testing.make_inputs(Case(0, 40, 64, r=4, bias=True))
+    out = results(inputs)
+    assert out["y"].shape == (0, 40) and out["dx"].shape == (0, 64)
+    assert not any(out[name].any() for name in ("dA", "dB", "dbias"))
+
+
+@pytest.mark.parametrize("M", [1, 40])
+def test_group_is_the_layers_and_sums_dx_before_rounding(M: int):
+    several = [testing.make_inputs(Case(M, N, 192, r=8, dropout=p), seed=N) for N, p in ((64, 0.0), (130, 0.3), (65, 0.0))]
+    x = several[0].x
+    layers = [(i.qw, i.lora_A, i.lora_B, 2.0, None, i.case.dropout, i.seed) for i in several]
+    ys, hs = native.qlora_linear_group(x, layers)
+    for y, h, layer in zip(ys, hs, layers, strict=True):
+        want_y, want_h = native.qlora_linear(x, *layer)
+        assert torch.equal(y, want_y) and torch.equal(h, want_h)
+    needs = [(True, True, False)] * 3
+    arguments = ([i.dy for i in several], x, hs, layers, True, needs)
+    got, want = native.qlora_linear_group_backward(*arguments), reference.qlora_linear_group_backward(*arguments)
+    assert testing.relative_error(got[0], want[0]) < 3e-3
+    for ours, theirs in zip(got[1] + got[2], want[1] + want[2], strict=True):
+        assert testing.relative_error(ours, theirs) < 5e-3
+
+
+# ---- each level, in its own process: the level and torch's threads are chosen once
+
+LEVEL_CASES = [
+    Case(1, 65, 640, r=17, bias=True),
+    Case(4, 64, 576, r=16, quant_type="fp4", blocksize=256),
+    Case(7, 63, 100, r=3, blocksize=4096, bias=True),
+    Case(33, 130, 576, r=16, dropout=0.3),
+    Case(17, 65, 2720, r=8, blocksize=32),
+    Case(3, 130, 4096, r=8),
+]
+
+
+def _run_level() -> None:
+    digests = []
+    for case in LEVEL_CASES:
+        for dtype in (BF16, FP16, FP32):
+            inputs = testing.make_inputs(Case(**{**vars(case), "dtype": dtype}))
+            out = results(inputs)
+            testing.assert_close_to_oracle(out, inputs)
+            out["W"] = native.dequantize(inputs.qw, dtype)
+            assert torch.equal(out["W"], reference.dequantize(inputs.qw, dtype))
+            digests.append(digest(out))
+    print(json.dumps({"level": native._extension().cpu_level(), "digests": digests}))
+
+
+def _levels() -> list[str]:
+    return [] if native.unavailable(torch.device("cpu")) else native._extension().cpu_levels()
+
+
+@pytest.mark.parametrize("level", _levels())
+def test_level_is_right_and_threads_do_not_change_a_bit(level: str):
+    runs = []
+    for threads in "1", "2":
+        environment = os.environ | {"LORA_KERNELS_CPU_ISA": level, "OMP_NUM_THREADS": threads}
+        run = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=120)
+        assert run.returncode == 0, run.stderr
+        runs.append(json.loads(run.stdout))
+    assert runs[0]["level"] == level
+    assert runs[0] == runs[1], "2 threads gave other bits than 1"
+
+
+def test_unknown_level_names_the_levels():
+    command = "from lora_kernels.backends import native; native._extension()"
+    environment = os.environ | {"LORA_KERNELS_CPU_ISA": "mmx"}
+    run = subprocess.run([sys.executable, "-c", command], env=environment, capture_output=True, text=True, timeout=120)
+    assert run.returncode != 0 and "portable" in run.stderr and "mmx" in run.stderr
+
+
+if __name__ == "__main__":
+    _run_level()
