@@ -23,9 +23,8 @@ from torch.autograd.function import once_differentiable
 
 from .backends import Layer
 from .formats import DYNAMIC_MAP, WEIGHT_DTYPES, QuantizedWeight, check_storage
+from .ops import call as _ops
 from .ops import check_quantize, group_args
-
-_ops = torch.ops.lora_kernels
 
 
 def quantize(
@@ -107,13 +106,12 @@ def qlora_linear(
     Raises:
         TypeError, ValueError: an argument of a wrong type, dtype, shape or device; the message names it and what is accepted.
     """
-    x_2d = _rows(x, weight)
+    x = _checked_input(x, weight)
     seed, scaling, dropout_p = _seed(x, lora_A, dropout_p), float(scaling), float(dropout_p)
     if torch.is_grad_enabled():
-        y = _QLoRALinear.apply(x_2d, lora_A, lora_B, bias, seed, scaling, dropout_p, *weight.op_args())
-    else:
-        y, _ = _ops.qlora_linear(x_2d, *weight.op_args(), lora_A, lora_B, scaling, bias, dropout_p, seed)
-    return y.view(*x.shape[:-1], weight.shape[0])
+        return _QLoRALinear.apply(x, lora_A, lora_B, bias, seed, scaling, dropout_p, *weight.op_args())
+    y, _ = _ops.qlora_linear(_rows(x), *weight.op_args(), lora_A, lora_B, scaling, bias, dropout_p, seed)
+    return _like(x, y)
 
 
 def qlora_linear_group(
@@ -155,16 +153,15 @@ def qlora_linear_group(
             raise ValueError(f"{name} must have one entry for each of the {n} weights, got {len(lists[name])}")
     layers = []
     for qw, A, B, s, b, p in zip(weights, *lists.values(), strict=True):
-        x_2d = _rows(x, qw)
+        x = _checked_input(x, qw)
         layers.append((qw, A, B, float(s), b, float(p), _seed(x, A, p)))
     tensors = [t for qw, A, B, _, b, _, seed in layers for t in (A, B, b, seed, *qw.op_args()[:5])]
     meta = [(qw.shape, qw.quant_type, qw.blocksize, s, p) for qw, _, _, s, _, p, _ in layers]
-    ys = _QLoRALinearGroup.apply(x_2d, meta, *tensors)
-    return [y.view(*x.shape[:-1], y.shape[1]) for y in ys]
+    return list(_QLoRALinearGroup.apply(x, meta, *tensors))
 
 
-def _rows(x: Tensor, weight: QuantizedWeight) -> Tensor:
-    """x as `[M, K]`, in the autocast dtype under autocast."""
+def _checked_input(x: Tensor, weight: QuantizedWeight) -> Tensor:
+    """x, in the autocast dtype under autocast."""
     _weight(weight)
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
@@ -176,7 +173,17 @@ def _rows(x: Tensor, weight: QuantizedWeight) -> Tensor:
     autocast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)  # never on "meta"
     if autocast and x.dtype in WEIGHT_DTYPES:
         x = x.to(torch.get_autocast_dtype(device_type))
-    return x.reshape(-1, x.shape[-1])
+    return x
+
+
+def _rows(t: Tensor) -> Tensor:
+    """`[*, n]` as `[M, n]`."""
+    return t if t.dim() == 2 else t.reshape(-1, t.shape[-1])
+
+
+def _like(x: Tensor, rows: Tensor) -> Tensor:
+    """`[M, n]` with the leading dimensions of x."""
+    return rows if x.dim() == 2 else rows.view(*x.shape[:-1], rows.shape[1])
 
 
 def _seed(x: Tensor, lora_A: Tensor | None, dropout_p: float) -> Tensor | None:
@@ -205,23 +212,24 @@ class _QLoRALinear(torch.autograd.Function):
         dropout_p: float,
         *weight: Any,
     ) -> Tensor:
-        y, h = _ops.qlora_linear(x, *weight, lora_A, lora_B, scaling, bias, dropout_p, seed)
+        y, h = _ops.qlora_linear(_rows(x), *weight, lora_A, lora_B, scaling, bias, dropout_p, seed)
         _, need_dA, need_dB, _ = ctx.needs_input_grad[:4]
         ctx.save_for_backward(x if need_dA else None, h if need_dB else None, lora_A, lora_B, seed, *weight[:5])
         ctx.weight_meta = weight[5:]
         ctx.scaling, ctx.dropout_p = scaling, dropout_p
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return y
+        return _like(x, y)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         x, h, lora_A, lora_B, seed, *weight = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:4])
-        grads = _ops.qlora_linear_backward(
-            dy, x, h, *weight, *ctx.weight_meta, lora_A, lora_B, ctx.scaling, ctx.dropout_p, seed, needs
-        )
+        x = None if x is None else _rows(x)
+        lora = (lora_A, lora_B, ctx.scaling, ctx.dropout_p, seed)
+        grads = _ops.qlora_linear_backward(_rows(dy), x, h, *weight, *ctx.weight_meta, *lora, needs)
         dx, dA, dB, dbias = (g if need else None for g, need in zip(grads, needs, strict=True))
+        dx = None if dx is None else _like(dy, dx)
         if dbias is not None:
             dbias = dbias.to(ctx.bias_dtype)
         return dx, dA, dB, dbias, *[None] * 11
@@ -233,13 +241,13 @@ class _QLoRALinearGroup(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, meta: list[tuple[Any, ...]], *tensors: Tensor | None) -> tuple[Tensor, ...]:
         layers = _group_layers(meta, tensors)
-        out = _ops.qlora_linear_group(x, *group_args(layers))
+        out = _ops.qlora_linear_group(_rows(x), *group_args(layers))
         ys, hs = out[: len(meta)], out[len(meta) :]
         needs = [ctx.needs_input_grad[2 + 9 * i : 5 + 9 * i] for i in range(len(meta))]
         hs = [h if need[1] else None for h, need in zip(hs, needs, strict=True)]
         ctx.save_for_backward(x if any(need[0] for need in needs) else None, *hs, *tensors)
-        ctx.meta, ctx.needs, ctx.K = meta, needs, x.shape[1]
-        return tuple(ys)
+        ctx.meta, ctx.needs, ctx.K = meta, needs, x.shape[-1]
+        return tuple(_like(x, y) for y in ys)
 
     @staticmethod
     @once_differentiable
@@ -249,12 +257,13 @@ class _QLoRALinearGroup(torch.autograd.Function):
         hs, tensors = rest[:n], rest[n:]
         layers = _group_layers(ctx.meta, tensors)
         need_dx, needs = ctx.needs_input_grad[0], [flag for need in ctx.needs for flag in need]
-        dx, *grads = _ops.qlora_linear_group_backward(list(dys), x, hs, ctx.K, *group_args(layers), need_dx, needs)
+        x, rows = None if x is None else _rows(x), [_rows(dy) for dy in dys]
+        dx, *grads = _ops.qlora_linear_group_backward(rows, x, hs, ctx.K, *group_args(layers), need_dx, needs)
         out: list[Tensor | None] = []
         for i, need in enumerate(ctx.needs):
             dA, dB, dbias = (grads[j * n + i] if need[j] else None for j in range(3))
             out += [dA, dB, None if dbias is None else dbias.to(tensors[9 * i + 2].dtype), *[None] * 6]
-        return dx if need_dx else None, None, *out
+        return _like(dys[0], dx) if need_dx else None, None, *out
 
 
 def _group_layers(meta: list[tuple[Any, ...]], tensors: Sequence[Tensor | None]) -> list[Layer]:

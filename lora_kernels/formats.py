@@ -333,19 +333,19 @@ class QuantizedWeight:
 
     def check(self, name: str = "weight") -> None:
         """Raises ValueError if the tensors do not have the sizes and dtypes that `shape` and `blocksize` ask for."""
-        want_bytes = (self.numel + 1) // 2
+        numel, n_blocks = self.numel, self.n_blocks
+        want_bytes = (numel + 1) // 2
         nbytes = self.packed.numel() * self.packed.element_size()  # Tensor.nbytes fails on symbolic sizes
         if nbytes != want_bytes:
             raise ValueError(f"{name}: packed must hold {want_bytes} bytes for shape {list(self.shape)}, got {nbytes}")
         want = torch.uint8 if self.double_quant else torch.float32
-        if self.absmax.dtype != want or self.absmax.numel() != self.n_blocks:
+        if self.absmax.dtype != want or self.absmax.numel() != n_blocks:
             raise ValueError(
-                f"{name}: absmax must be {dtype_name(want)} [{self.n_blocks}] for shape {list(self.shape)} in blocks of "
+                f"{name}: absmax must be {dtype_name(want)} [{n_blocks}] for shape {list(self.shape)} in blocks of "
                 f"{self.blocksize}, got {dtype_name(self.absmax.dtype)} {list(self.absmax.shape)}"
             )
         if self.double_quant:
-            want2 = {"absmax2": -(self.n_blocks // -BLOCKSIZE2), "code2": 256, "offset": 1}
-            for field, size in want2.items():
+            for field, size in (("absmax2", -(n_blocks // -BLOCKSIZE2)), ("code2", 256), ("offset", 1)):
                 t = getattr(self, field)
                 if t is None or t.dtype != torch.float32 or t.numel() != size:
                     got = None if t is None else f"{dtype_name(t.dtype)} {list(t.shape)}"

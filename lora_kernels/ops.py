@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -26,6 +27,10 @@ _DROPOUT = "float dropout_p, Tensor? seed"
 _FLOATS = ", ".join(map(dtype_name, WEIGHT_DTYPES))
 
 _library = torch.library.Library("lora_kernels", "DEF")
+
+call = SimpleNamespace()
+"""Each op as a function: `torch.ops.lora_kernels.<op>` where something traces or watches the call (torch.compile, fake tensors,
+a dispatch mode), else its body at once: the dispatcher costs more than a small layer."""
 
 
 def _register(schema: str, body: Callable[..., Any], fake: Callable[..., Any], weight_at: int | None = None) -> None:
@@ -49,10 +54,20 @@ def _register(schema: str, body: Callable[..., Any], fake: Callable[..., Any], w
         with torch.autocast(first.device.type, enabled=False):  # a body's own products are in the dtypes that it chose
             return computed(*args)
 
+    def called(*args: Any) -> Any:
+        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or type(args[0]) not in _PLAIN:
+            return op(*args)
+        return op(*args) if args[0].is_meta else without_autocast(*args)
+
     name, computed = schema.partition("(")[0], rebuilt(body)
     _library.define(schema)
     _library.impl(name, without_autocast, "CompositeExplicitAutograd")
     torch.library.register_fake(f"lora_kernels::{name}", rebuilt(fake), lib=_library)
+    op = getattr(torch.ops.lora_kernels, name)
+    setattr(call, name, called)
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def _describe(t: Any) -> str:

@@ -23,6 +23,15 @@ FP32, BF16 = torch.float32, torch.bfloat16
 IDS = torch.arange(36).reshape(2, 18) * 7 % 96
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """The models are tiny: more threads would only wait for one another."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def bnb_model(dtype=BF16, storage=torch.uint8, quant_type="nf4", double_quant=True, compute_dtype=None, seed=0):
     """A model as transformers makes it with BitsAndBytesConfig(load_in_4bit=True)."""
     model = tiny_llama(seed, dtype)

@@ -23,6 +23,15 @@ IDS = torch.arange(36).reshape(2, 18) * 7 % 96
 pytestmark = pytest.mark.filterwarnings("ignore:Already:UserWarning")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """The models are tiny: more threads would only wait for one another."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(params=["bitsandbytes", "own"])
 def kind(request):
     """The two base layers: a bitsandbytes layer with our forward, and FusedQLoRALinear without adapters."""
@@ -547,3 +556,24 @@ def test_import_is_light():
         "lk.accelerate; print('bitsandbytes' in sys.modules)"
     )
     assert out.splitlines() == ["[]", "True"]
+
+
+def test_small_updates_survive_in_bf16():
+    """An update far below the rounding step of the base's output is in the sum before the one rounding, so that it shows on
+    average.  PEFT rounds the base's output first, and adding the update then changes nothing."""
+    ours, stock = pair("own", LoraConfig(r=4, lora_alpha=4, target_modules=["q_proj"]), BF16)
+    layer, dense = (next(m for m in x.modules() if isinstance(m, peft.tuners.lora.Linear)) for x in (ours, stock))
+    x = torch.randn(4000, 64, dtype=BF16)
+    for m in (layer, dense):
+        m.lora_A["default"].weight.data.copy_(torch.eye(4, 64))
+        m.lora_B["default"].weight.data.fill_(1e-5)
+
+    def share(m):
+        """How much of the update is in the output: its projection on the exact one."""
+        with torch.no_grad():
+            exact = x.float()[:, :4].sum(1, keepdim=True).expand(-1, m.out_features) * 1e-5
+            change = m(x).float() - m.base_layer(x).float()
+        return (change * exact).sum() / exact.square().sum()
+
+    assert abs(share(layer) - 1) < 0.2
+    assert share(dense) < 0.5

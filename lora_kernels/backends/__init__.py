@@ -5,6 +5,7 @@ A backend is a module that has a function for every op and `unavailable(device)`
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,9 +20,9 @@ from ..formats import QuantizedWeight
 Layer = tuple[QuantizedWeight, Tensor | None, Tensor | None, float, Tensor | None, float, Tensor | None]
 """What `qlora_linear` takes after x: weight, lora_A, lora_B, scaling, bias, dropout_p, seed."""
 
-ORDER = {"cpu": ("native", "reference"), "cuda": ("native", "reference")}
+ORDER = {"cpu": ("native", "reference"), "cuda": ("triton", "native", "reference")}
 """Backends of each device type, best first; other devices have `reference` alone."""
-NAMES = ("native", "reference")
+NAMES = ("triton", "native", "reference")
 
 _forced: str | None = None
 
@@ -30,6 +31,7 @@ def order(device: torch.device) -> tuple[str, ...]:
     return ORDER.get(device.type, ("reference",))
 
 
+@functools.cache
 def load(name: str) -> ModuleType:
     return importlib.import_module(f".{name}", __name__)
 

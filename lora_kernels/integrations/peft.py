@@ -49,7 +49,8 @@ def _base_of(module: Any) -> Any:
 
 def _plain(module: nn.Module, cls: type[nn.Module]) -> bool:
     """Whether reading the module's parameters is the same as calling it: no wrapper, no hook, no replaced forward."""
-    return type(module) is cls and not (module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+    fields = module.__dict__
+    return type(module) is cls and not (fields["_forward_hooks"] or fields["_forward_pre_hooks"] or "forward" in fields)
 
 
 class _FusedLora:
@@ -73,6 +74,7 @@ class _FusedLora:
     disable_adapters: bool
     merged: bool
     training: bool
+    _modules: dict[str, Any]
     base_layer: nn.Module
     get_base_layer: Callable[[], Any]
 
@@ -124,19 +126,50 @@ class _FusedLora:
         return [n for n in self.active_adapters if n in self.lora_A]
 
     def _dropout(self, name: str) -> float:
-        dropout = self.lora_dropout[name]
+        dropout = self._modules["lora_dropout"]._modules[name]
         return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
 
+    def _one_plain_adapter(self) -> tuple[Any, nn.Module, nn.Module, str] | None:
+        """Base layer, lora_A, lora_B and name, if one adapter without DoRA or bias is active and can be fused.
+
+        What `forward` would find out in general, for the usual case, without nn.Module's slow attribute lookups.
+        """
+        fields, modules = self.__dict__, self._modules
+        name = fields["_active_adapter"]
+        if type(name) is not str:
+            if len(name) != 1:
+                return None
+            name = name[0]
+        lora_A = modules["lora_A"]._modules.get(name)
+        if lora_A is None or fields["_disable_adapters"] or fields["merged_adapters"]:
+            return None
+        if name in fields["lora_variant"] or fields["lora_bias"][name]:
+            return None
+        base: Any = modules["base_layer"]
+        lora_B, dropout = modules["lora_B"]._modules[name], modules["lora_dropout"]._modules[name]
+        if not (_plain(lora_A, nn.Linear) and _plain(lora_B, nn.Linear) and type(dropout) in (nn.Identity, nn.Dropout)):
+            return None
+        return (base, lora_A, lora_B, name) if _is_base(base) and _plain(base, type(base)) else None
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        names = self._active()
-        if args or kwargs or self.disable_adapters or self.merged or not names or self.why_not_fused() is not None:
+        if args or kwargs:
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
-        base = self.get_base_layer()
+        plain, names = self._one_plain_adapter(), []
+        if plain is None:
+            names = self._active()
+            if self.disable_adapters or self.merged or not names or self.why_not_fused() is not None:
+                return super().forward(x)  # type: ignore[misc]
+        base = self.get_base_layer() if plain is None else plain[0]
         compute_dtype = base.compute_dtype if isinstance(base, FusedQLoRALinear) else base.fixed_compute_dtype
         dtype = x.dtype
         if compute_dtype is not None:
             x = x.to(compute_dtype)
-        y = self._fused(x, base, names)
+        if plain is None:
+            y = self._fused(x, base, names)
+        else:
+            _, lora_A, lora_B, name = plain
+            lora = (lora_A.weight, lora_B.weight, self.scaling[name], base.bias, self._dropout(name))
+            y = qlora_linear(x, base.quantized_weight, *lora)  # type: ignore[arg-type]
         return y if compute_dtype is None else y.to(dtype)
 
     def _fused(self, x: Tensor, base: Any, names: list[str]) -> Tensor:

@@ -6,6 +6,7 @@ tests.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 
 import torch
@@ -34,6 +35,7 @@ else:
     __all__ = ["unavailable"]
 
 
+@functools.cache
 def unavailable(device: torch.device) -> str | None:
     """Why the kernels can't run on `device`, or None."""
     if importlib.util.find_spec("triton") is None:
@@ -44,6 +46,8 @@ def unavailable(device: torch.device) -> str | None:
         return None if device.type in ("cpu", "cuda") else f"Triton's interpreter has no {device.type} tensors"
     if device.type != "cuda":
         return "Triton runs on CUDA devices; set TRITON_INTERPRET=1 before Triton is imported to run its interpreter on the CPU"
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < MINIMUM_CAPABILITY:
         major, minor = torch.cuda.get_device_capability(device)
         return f"the Triton kernels need compute capability 8.0 or newer, this GPU has {major}.{minor}"
