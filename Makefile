@@ -3,6 +3,7 @@ PYTHON ?= python3
 # Installed first, so that nothing pulls a larger build of torch; 2.13.0 is a CPU build on the machines without a GPU.
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
+MODEL := demo/SmolLM2-135M-Instruct
 INSTALLED := .venv/.installed
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
@@ -16,7 +17,7 @@ test: $(INSTALLED)
 
 # Against every rival that is importable; SmolLM2-135M itself where `make demo` left it, else random weights of its shape.
 bench: $(INSTALLED)
-	$(BIN)/python -m bench run all --device cpu $(if $(wildcard demo/model),--model demo/model) --json bench/results/cpu
+	$(BIN)/python -m bench run all --device cpu $(if $(wildcard $(MODEL)),--model $(MODEL)) --json bench/results/cpu
 	$(BIN)/python -m bench report
 
 # On a GPU machine, in the Python that has its torch and Triton: GPU tests first, then every suite.

@@ -182,8 +182,8 @@ def _rows(t: Tensor) -> Tensor:
 
 
 def _like(x: Tensor, rows: Tensor) -> Tensor:
-    """`[M, n]` with the leading dimensions of x."""
-    return rows if x.dim() == 2 else rows.view(*x.shape[:-1], rows.shape[1])
+    """`[M, n]` with the leading dimensions of x, and no view, which autograd would not let a model add to in place."""
+    return rows if x.dim() == 2 else torch.ops.aten._unsafe_view.default(rows, [*x.shape[:-1], rows.shape[1]])
 
 
 def _seed(x: Tensor, lora_A: Tensor | None, dropout_p: float) -> Tensor | None:

@@ -74,6 +74,7 @@ def scales(model):
 
 def program(out):
     """What each process does."""
+    from accelerate import Accelerator
     from torch.distributed.checkpoint import load, save
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
     from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy
@@ -82,7 +83,7 @@ def program(out):
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    rank = dist.get_rank()
+    rank, accelerator = dist.get_rank(), Accelerator(cpu=True)
     mine = IDS[2 * rank : 2 * rank + 2]
     seen = {}
     for kind in KINDS:
@@ -91,6 +92,7 @@ def program(out):
         state = {k: v.clone() for k, v in one.state_dict().items()}
         got["one"] = steps(one, IDS, reduce=False)
         got["ddp"] = steps(nn.parallel.DistributedDataParallel(build(kind)), mine)
+        got["accelerate"] = steps(accelerator.prepare_model(build(kind)), mine)
 
         model = shard(build(kind))
         got["bytes"] = packed_bytes(model)
@@ -158,7 +160,7 @@ def seen(tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("way", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("way", ["ddp", "accelerate", "fsdp2"])
 def test_losses_are_those_of_one_process(seen, kind, way):
     assert seen[0][kind][way] == pytest.approx(seen[0][kind]["one"], rel=1e-5)
     assert seen[0][kind][way] == seen[1][kind][way]

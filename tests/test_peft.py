@@ -541,6 +541,22 @@ def test_gradient_checkpointing(kind):
         close(got[name], want[name], 1e-6)
 
 
+def test_results_can_be_changed_in_place(kind):
+    """As those of nn.Linear can: models add residuals so."""
+    ours, stock = pair(kind, LoraConfig(r=4, target_modules=["q_proj"]))
+    layer, dense = (next(m for m in x.modules() if isinstance(m, peft.tuners.lora.LoraLayer)) for x in (ours, stock))
+    x, grads = torch.randn(2, 3, 64), []
+    for m in (layer, dense):
+        for part in (m, m.base_layer):
+            x.requires_grad_().grad = None
+            y = part(x)
+            y += x
+            y.square().sum().backward()
+            grads.append(x.grad.clone())
+    close(grads[0], grads[2])
+    close(grads[1], grads[3])
+
+
 def test_autocast(kind):
     ours, stock = pair(kind, LoraConfig(r=4, target_modules=TARGETS))
     want = logits(stock)
@@ -577,3 +593,30 @@ def test_small_updates_survive_in_bf16():
 
     assert abs(share(layer) - 1) < 0.2
     assert share(dense) < 0.5
+
+
+def test_dora_files_and_two_dora_adapters(kind, tmp_path):
+    """Two DoRA adapters at once run PEFT's own code on our base layer."""
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], use_dora=True)
+    ours, stock = pair(kind, config)
+    ours.save_pretrained(tmp_path)
+    for low in (False, True):
+        again = PeftModel.from_pretrained(quantized(kind)[0], tmp_path, low_cpu_mem_usage=low)
+        assert_same_bits(logits(again), logits(ours))
+    for model in (ours, stock):
+        torch.manual_seed(2)
+        model.add_adapter("other", config)
+        trained(model, 2)
+        model.base_model.set_adapter(["default", "other"])
+    same_adapters(ours, stock)
+    assert all("several adapters" in why for why in fused(ours))
+    close(logits(ours), logits(stock))
+
+
+def test_pissa_adapters_load(kind, tmp_path):
+    """PEFT initialises again on loading, which takes the same part out of the base."""
+    config = LoraConfig(r=4, lora_alpha=4, target_modules=["q_proj"], init_lora_weights="pissa")
+    ours = trained(get_peft_model(quantized(kind)[0], config))
+    ours.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(quantized(kind)[0], tmp_path)
+    close(logits(again), logits(ours), 1e-4)

@@ -329,7 +329,7 @@ class _FusedLora:
                 delattr(base, name)
         if not torch.equal(dense.weight, weight):
             new = quantize(dense.weight, qw.quant_type, qw.blocksize, qw.double_quant, qw.quant_storage)
-            base._set_weight(replace(new, dtype=qw.dtype))
+            _set_weight(base, replace(new, dtype=qw.dtype))
 
     def loftq_init(self, adapter_name: str, config: Any) -> None:
         """LoftQ (Li et al. 2023, algorithm 1) against the weight that the 4-bit base holds.
@@ -347,7 +347,7 @@ class _FusedLora:
             new = quantize(weight - update, qw.quant_type, qw.blocksize, qw.double_quant, qw.quant_storage)
             A, B = _low_rank(weight - dequantize(new, torch.float32), r)
             update = B @ A
-        base._set_weight(replace(new, dtype=qw.dtype))
+        _set_weight(base, replace(new, dtype=qw.dtype))
         self._set_lora(adapter_name, A, B)
 
     def _set_lora(self, name: str, A: Tensor, B: Tensor) -> None:
@@ -378,11 +378,20 @@ if PeftLinear4bit is not None:
         """PEFT's LoRA layer for bitsandbytes, over a `FusedLinear4bit`."""
 
 
+def _set_weight(base: Any, qw: QuantizedWeight) -> None:
+    base._set_weight(qw)
+    if base.weight.is_meta and not qw.packed.is_meta:  # as in `_dense_linear`
+        packed = nn.Parameter(qw.packed, requires_grad=False) if isinstance(base, FusedQLoRALinear) else qw.to_bitsandbytes()
+        base._parameters["weight"] = packed
+        base.quant_state = getattr(packed, "quant_state", None)
+
+
 def _dense_linear(weight: Tensor, bias: Tensor | None, dtype: torch.dtype, training: bool) -> nn.Linear:
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
-    linear.weight = nn.Parameter(weight.detach().to(dtype), requires_grad=False)
+    # set past register_parameter, which PEFT lets create everything on the meta device while it loads with low_cpu_mem_usage
+    linear._parameters["weight"] = nn.Parameter(weight.detach().to(dtype), requires_grad=False)
     if bias is not None:
-        linear.bias = nn.Parameter(bias.detach().to(dtype, copy=True), requires_grad=False)
+        linear._parameters["bias"] = nn.Parameter(bias.detach().to(dtype, copy=True), requires_grad=False)
     return linear.train(training)
 
 
