@@ -60,9 +60,13 @@ def seed(request: pytest.FixtureRequest) -> int:
     return value
 
 
-@pytest.fixture(params=backends.NAMES)
+INTERPRETED = ("triton",) if os.environ.get("TRITON_INTERPRET") == "1" else ()
+"""On a CPU Triton runs in its interpreter only: tests/test_triton.py sees to that."""
+
+
+@pytest.fixture(params=(*INTERPRETED, *backends.ORDER["cpu"]))
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each backend in turn, forced; one that can't run on the CPU is skipped with its reason."""
+    """Each backend of the CPU in turn, forced; one that can't run there is skipped with its reason."""
     reason = backends.load(request.param).unavailable(CPU)
     if reason is not None:
         pytest.skip(f"{request.param}: {reason}")

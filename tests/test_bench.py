@@ -51,6 +51,7 @@ def wrong_backend(monkeypatch: pytest.MonkeyPatch, op: str, spoil: Any) -> None:
     right = getattr(reference, op)
     setattr(module, op, lambda *args: spoil(right(*args)))
     monkeypatch.setitem(sys.modules, module.__name__, module)
+    lk.backends.load.cache_clear()
     monkeypatch.setattr(lk.backends, "NAMES", (*lk.backends.NAMES, "wrong"))
 
 
