@@ -199,11 +199,13 @@ def max_error(got: Tensor, want: Tensor) -> float:
 
 def error_floor(want: Tensor, dtype: torch.dtype, independent: int | None = None) -> float:
     """Relative error that one rounding to `dtype` may make by bad luck: more for few independent errors, and for results so
-    small that `dtype` holds them as subnormals."""
+    small that `dtype` holds them as subnormals.  float32 has no wider accumulator: the same sum in another order errs by
+    about half a unit."""
     info = torch.finfo(dtype)
     scale = want.double().square().mean().sqrt().item()
     subnormal = info.smallest_normal * info.eps / scale if scale else 0.0
-    return info.eps * (1 / 16 + 4 / math.sqrt(independent or want.numel())) + 2 * subnormal
+    slack = 1 / 2 if dtype == torch.float32 else 1 / 16
+    return info.eps * (slack + 4 / math.sqrt(independent or want.numel())) + 2 * subnormal
 
 
 def assert_close_to_oracle(got: Results, inputs: Inputs, factor: float = 2.0) -> dict[str, float]:
