@@ -1,10 +1,12 @@
 """The compiled backend on each instruction-set level of this CPU, and around the sizes where it changes its algorithm."""
 
+import ctypes
 import hashlib
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -113,6 +115,7 @@ LEVEL_CASES = [
     Case(33, 130, 576, r=16, dropout=0.3),
     Case(17, 65, 2720, r=8, blocksize=32),
     Case(3, 130, 4096, r=8),
+    Case(13, 320, 5184, r=2),  # a strip of panels with one thread, single panels with two
 ]
 
 
@@ -145,6 +148,29 @@ def test_level_is_right_and_threads_do_not_change_a_bit(level: str):
     assert runs[0] == runs[1], "2 threads gave other bits than 1"
 
 
+def _memory(field: str) -> int:
+    """Bytes of this process: VmRSS now, VmHWM at most so far."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) << 10
+
+
+def _run_memory() -> None:
+    inputs = testing.make_inputs(Case(512, 4096, 4096, r=16, bias=True))
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again
+    before = _memory("VmRSS")
+    kept = sum(t.nbytes for t in results(inputs).values())
+    print(_memory("VmHWM") - before - kept)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of resident memory is read from /proc")
+def test_layer_works_in_half_of_a_16_bit_weight():
+    environment = os.environ | {"OMP_NUM_THREADS": "2"}
+    run = subprocess.run([sys.executable, __file__, "memory"], env=environment, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    assert 0 < int(run.stdout) < 4096 * 4096 * 2 // 2
+
+
 def test_unknown_level_names_the_levels():
     command = "from lora_kernels.backends import native; native._extension()"
     environment = os.environ | {"LORA_KERNELS_CPU_ISA": "mmx"}
@@ -153,4 +179,4 @@ def test_unknown_level_names_the_levels():
 
 
 if __name__ == "__main__":
-    _run_level()
+    _run_memory() if sys.argv[1:] == ["memory"] else _run_level()

@@ -98,7 +98,6 @@ struct MathF32 {
   static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
   static float sum(F v) { return _mm512_reduce_add_ps(v); }
   static void store_own(void* out, int64_t i, F v) { store_f32(static_cast<float*>(out) + i, v); }
-  static void store_left(uint32_t* out, F v) { _mm512_storeu_ps(out, v); }
 };
 
 void interleave_wide(const void* src, int64_t ld, int64_t rows, int columns, uint32_t* dst, int64_t ld_dst,
@@ -146,6 +145,8 @@ constexpr Gemm GEMM_F32 = {1,
                            interleave_wide,
                            tile<MathF32>,
                            rank_tile<MathF32>,
+                           scale_store<MathF32>,
+                           rank_dots<MathF32>,
                            DotsF32<F32>::SPAN,
                            split<float, DotsF32<F32>::SPAN>,
                            nullptr,

@@ -16,7 +16,6 @@ struct MathBF16 : MathF32 {
   static void store_own(void* out, int64_t i, F v) {
     _mm256_storeu_si256((__m256i*)((uint16_t*)out + i), (__m256i)_mm512_cvtneps_pbh(v));
   }
-  static void store_left(uint32_t* out, F v) { _mm256_storeu_si256((__m256i*)out, (__m256i)_mm512_cvtneps_pbh(v)); }
 };
 
 void convert_bf16(DType dtype, const void* src, int64_t n, void* dst_) {
@@ -50,17 +49,19 @@ struct Interleave {
 
 void interleave_pairs(const void* src, int64_t ld, int64_t rows, int columns, uint32_t* dst, int64_t ld_dst,
                       int64_t group_stride) {
-  const uint16_t* s = (const uint16_t*)src;
   const Interleave pairs;
-  for (int64_t k = 0; k < rows; k += 2, s += 2 * ld, dst += ld_dst)
-    for (int c = 0; c < columns; c += 32) {
-      const __mmask32 loaded = mask32(columns - c);
-      const __m512i a = _mm512_maskz_loadu_epi16(loaded, s + c);
-      const __m512i b = k + 1 < rows ? _mm512_maskz_loadu_epi16(loaded, s + ld + c) : _mm512_setzero_si512();
-      uint32_t* d = dst + c / GROUP * group_stride;
+  for (int c = 0; c < columns; c += 32) {
+    const __mmask32 loaded = mask32(columns - c);
+    const bool both = columns - c > GROUP;
+    const uint16_t* s = (const uint16_t*)src + c;
+    uint32_t* d = dst + c / GROUP * group_stride;
+    for (int64_t k = 0; k < rows; k += 2, s += 2 * ld, d += ld_dst) {
+      const __m512i a = _mm512_maskz_loadu_epi16(loaded, s);
+      const __m512i b = k + 1 < rows ? _mm512_maskz_loadu_epi16(loaded, s + ld) : _mm512_setzero_si512();
       _mm512_storeu_si512(d, pairs.first(a, b));
-      if (columns - c > GROUP) _mm512_storeu_si512(d + group_stride, pairs.second(a, b));
+      if (both) _mm512_storeu_si512(d + group_stride, pairs.second(a, b));
     }
+  }
 }
 
 // 16 bytes -> 32 weights in order.
@@ -155,6 +156,8 @@ constexpr Gemm GEMM_BF16 = {2,
                             interleave_pairs,
                             tile<MathBF16>,
                             rank_tile<MathBF16>,
+                            scale_store<MathBF16>,
+                            rank_dots<MathBF16>,
                             DotsBF16::SPAN,
                             split<uint16_t, DotsBF16::SPAN>,
                             decode_rows,

@@ -42,7 +42,7 @@ inline __attribute__((always_inline)) void dots_of(const Dots& d, int64_t n, int
 #pragma GCC unroll 4
     for (int j = 0; j < NR; j++) {
       tables[j] = S::table(code, d.absmax[(d.before + (n - n0 + j) * d.K + k) >> d.shift]);
-      __builtin_prefetch(d.packed + ((n + j) * d.K + k) / 2 + 16384);
+      __builtin_prefetch(d.packed + ((n + j) * d.K + k) / 2 + (32 << 10));
     }
 #pragma GCC unroll 8
     for (int i = 0; i < 64; i += SPAN) {
@@ -60,12 +60,6 @@ inline __attribute__((always_inline)) void dots_of(const Dots& d, int64_t n, int
       }
     }
   }
-  float B[NR][MAX_DOTS_RANK];
-  for (int j = 0; j < NR && d.r; j++) {
-    const int64_t size = d.B_dtype == DType::f32 ? 4 : 2;
-    for (int64_t q = d.r; q < d.h_ld; q++) B[j][q] = 0;
-    convert_f32<MathF32>(d.B_dtype, static_cast<const char*>(d.B) + (n + j) * d.r * size, d.r, B[j]);
-  }
 #pragma GCC unroll 4
   for (int m = 0; m < MR; m++) {
     float out[NR];
@@ -73,8 +67,8 @@ inline __attribute__((always_inline)) void dots_of(const Dots& d, int64_t n, int
     for (int j = 0; j < NR; j++) {
       F s = CHUNKS ? MathF32::add(totals[j][m], sums[j][m]) : sums[j][m];
       if (MR == 1) s = MathF32::add(s, odds[j]);
-      for (int64_t q = 0; q < d.h_ld; q += L)
-        s = MathF32::add(s, MathF32::mul(MathF32::load_f32(B[j] + q), MathF32::load_f32(d.h + (m0 + m) * d.h_ld + q)));
+      for (int64_t q = 0; q < d.rank; q += L)
+        s = MathF32::fma(MathF32::load_f32(d.B + (n - n0 + j) * d.rank + q), MathF32::load_f32(d.h + (m0 + m) * d.rank + q), s);
       out[j] = MathF32::sum(s);
       if (d.bias) out[j] += d.bias[n - n0 + j];
       const int64_t i = (m0 + m) * d.N + n + j;
@@ -124,26 +118,31 @@ void split(const void* x, int64_t n, void* dst) {
     }
 }
 
-void rank_dots(const float* x, int64_t M, int64_t K, const void* A, DType dtype, float* out) {
-  using M32 = MathF32;
-  constexpr int L = M32::LANES;
-  constexpr int64_t CHUNK = 512;
-  for (int64_t m = 0; m < M; m++) out[m] = 0;
-  for (int64_t k0 = 0; k0 < K; k0 += CHUNK) {
-    const int64_t n = K - k0 < CHUNK ? K - k0 : CHUNK;
-    float a[CHUNK];
-    convert_f32<M32>(dtype, static_cast<const char*>(A) + k0 * (dtype == DType::f32 ? 4 : 2), n, a);
-    for (int64_t m = 0; m < M; m++) {
-      const float* v = x + m * K + k0;
-      M32::F sums[4] = {M32::zero(), M32::zero(), M32::zero(), M32::zero()};
-      int64_t k = 0;
-      for (; k + 4 * L <= n; k += 4 * L)
+template <class M>
+void rank_dots(const void* x, int64_t M_, int64_t K, const void* a, int rows, float* out) {
+  constexpr int L = M::LANES;
+  const int64_t steps = K / M::VALUES;
+  const uint32_t* A[RANKS];
+  for (int j = 0; j < RANKS; j++) A[j] = static_cast<const uint32_t*>(a) + (j < rows ? j : 0) * steps;
+  for (int64_t m = 0; m < M_; m++) {
+    const uint32_t* v = static_cast<const uint32_t*>(x) + m * steps;
+    typename M::F totals[RANKS], sums[RANKS];
 #pragma GCC unroll 4
-        for (int i = 0; i < 4; i++) sums[i] = M32::fma(M32::load_f32(a + k + i * L), M32::load_f32(v + k + i * L), sums[i]);
-      float s = M32::sum(M32::add(M32::add(sums[0], sums[1]), M32::add(sums[2], sums[3])));
-      for (; k < n; k++) s += a[k] * v[k];
-      out[m] += s;
+    for (int j = 0; j < RANKS; j++) totals[j] = M::zero();
+    for (int64_t begin = 0, end; begin < steps; begin = end) {
+      end = steps - begin < F32_BLOCK * L ? steps : begin + F32_BLOCK * L;
+#pragma GCC unroll 4
+      for (int j = 0; j < RANKS; j++) sums[j] = M::zero();
+      for (int64_t k = begin; k < end; k += L) {
+        const typename M::X values = M::right(v + k);
+#pragma GCC unroll 4
+        for (int j = 0; j < RANKS; j++) sums[j] = M::dot(sums[j], values, M::right(A[j] + k));
+      }
+#pragma GCC unroll 4
+      for (int j = 0; j < RANKS; j++) totals[j] = M::add(totals[j], sums[j]);
     }
+#pragma GCC unroll 4
+    for (int j = 0; j < RANKS; j++) out[m * RANKS + j] = M::sum(totals[j]);
   }
 }
 

@@ -11,36 +11,37 @@
 namespace lora_kernels::cpu {
 namespace {
 
+// sums += left [MR, steps] x right [steps][ld]
 template <class M, int MR, int NV>
-inline __attribute__((always_inline)) void multiply(const uint32_t* __restrict left, const uint32_t* __restrict right,
-                                                    int64_t ld, int64_t steps, typename M::F (&sums)[MR][NV]) {
+inline __attribute__((always_inline)) void multiply(Strided left, int64_t steps, const uint32_t* __restrict right, int64_t ld,
+                                                    typename M::F (&sums)[MR][NV]) {
+  const uint32_t* __restrict rows[MR];
 #pragma GCC unroll 8
-  for (int m = 0; m < MR; m++)
-#pragma GCC unroll 4
-    for (int v = 0; v < NV; v++) sums[m][v] = M::zero();
+  for (int m = 0; m < MR; m++) rows[m] = left.data + m * left.row;
+  const int64_t step = left.step;
   int64_t k = 0;
   if constexpr (NV == 1) {  // bound by the latency of the additions: even and odd steps apart
     typename M::F odd[MR];
 #pragma GCC unroll 8
     for (int m = 0; m < MR; m++) odd[m] = M::zero();
-    for (; k + 2 <= steps; k += 2, left += 2 * MR, right += 2 * ld) {
+    for (; k + 2 <= steps; k += 2, right += 2 * ld) {
       const typename M::W w0 = M::right(right), w1 = M::right(right + ld);
 #pragma GCC unroll 8
       for (int m = 0; m < MR; m++) {
-        sums[m][0] = M::dot(sums[m][0], M::broadcast(left[m]), w0);
-        odd[m] = M::dot(odd[m], M::broadcast(left[MR + m]), w1);
+        sums[m][0] = M::dot(sums[m][0], M::broadcast(rows[m][k * step]), w0);
+        odd[m] = M::dot(odd[m], M::broadcast(rows[m][k * step + step]), w1);
       }
     }
 #pragma GCC unroll 8
     for (int m = 0; m < MR; m++) sums[m][0] = M::add(sums[m][0], odd[m]);
   }
-  for (; k < steps; k++, left += MR, right += ld) {
+  for (; k < steps; k++, right += ld) {
     typename M::W w[NV];
 #pragma GCC unroll 4
     for (int v = 0; v < NV; v++) w[v] = M::right(right + M::LANES * v);
 #pragma GCC unroll 8
     for (int m = 0; m < MR; m++) {
-      const typename M::X x = M::broadcast(left[m]);
+      const typename M::X x = M::broadcast(rows[m][k * step]);
 #pragma GCC unroll 4
       for (int v = 0; v < NV; v++) sums[m][v] = M::dot(sums[m][v], x, w[v]);
     }
@@ -76,17 +77,38 @@ __attribute__((noinline)) void finish_rows(int rows, const float* sums, int c0, 
     }
 }
 
-template <class M, int MR>
-void tile_of(const uint32_t* left, const uint32_t* right, int64_t steps, const Finish& t) {
-  constexpr int L = M::LANES, NV = M::NV;
-  const bool plain = t.dtype == M::TYPE && !t.bias && !t.extra && !t.accumulate;
-  for (int c0 = 0; c0 < t.columns; c0 += NV * L) {
-    typename M::F sums[MR][NV];
+template <class M, int MR, int NV>
+inline void clear(typename M::F (&sums)[MR][NV]) {
+#pragma GCC unroll 8
+  for (int m = 0; m < MR; m++)
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; v++) sums[m][v] = M::zero();
+}
+
+// sums = left x right.  Of float32, a block of steps is summed apart.
+template <class M, int MR, int NV>
+inline __attribute__((always_inline)) void product(Strided left, int64_t steps, Strided tail, int64_t tail_steps,
+                                                   const uint32_t* right, int64_t ld, typename M::F (&sums)[MR][NV]) {
+  constexpr int L = M::LANES;
+  clear<M>(sums);
+  if constexpr (M::VALUES == 2) {
+    multiply<M>(left, steps, right, ld, sums);
+    multiply<M>(tail, tail_steps, right + steps * ld, ld, sums);
+  } else {
     float total[MR * NV * L];
-    for (int64_t k = 0;;) {
-      const int64_t n = M::VALUES == 1 && steps - k > F32_BLOCK ? F32_BLOCK : steps - k;
-      multiply<M, MR, NV>(left + k * MR, right + c0 + k * M::WIDTH, M::WIDTH, n, sums);
-      if (M::VALUES == 2) break;
+    for (int64_t k = 0; k < steps + tail_steps;) {
+      const bool at_tail = k >= steps;
+      const int64_t at = at_tail ? k - steps : k, rest = (at_tail ? tail_steps : steps) - at,
+                    n = rest < F32_BLOCK ? rest : F32_BLOCK;
+      const Strided& from = at_tail ? tail : left;
+      if (k > 0) {
+#pragma GCC unroll 8
+        for (int m = 0; m < MR; m++)
+#pragma GCC unroll 4
+          for (int v = 0; v < NV; v++) M::store_f32(total + (m * NV + v) * L, sums[m][v]);
+        clear<M>(sums);
+      }
+      multiply<M>({from.data + at * from.step, from.row, from.step}, n, right + k * ld, ld, sums);
       if (k > 0) {
 #pragma GCC unroll 8
         for (int m = 0; m < MR; m++)
@@ -94,12 +116,17 @@ void tile_of(const uint32_t* left, const uint32_t* right, int64_t steps, const F
           for (int v = 0; v < NV; v++) sums[m][v] = M::add(sums[m][v], M::load_f32(total + (m * NV + v) * L));
       }
       k += n;
-      if (k == steps) break;
-#pragma GCC unroll 8
-      for (int m = 0; m < MR; m++)
-#pragma GCC unroll 4
-        for (int v = 0; v < NV; v++) M::store_f32(total + (m * NV + v) * L, sums[m][v]);
     }
+  }
+}
+
+template <class M, int MR>
+void tile_of(Strided left, int64_t steps, Strided tail, int64_t tail_steps, const uint32_t* right, const Finish& t) {
+  constexpr int L = M::LANES, NV = M::NV;
+  const bool plain = t.dtype == M::TYPE && !t.bias && !t.extra && !t.accumulate;
+  for (int c0 = 0; c0 < t.columns; c0 += NV * L) {
+    typename M::F sums[MR][NV];
+    product<M>(left, steps, tail, tail_steps, right + c0, M::WIDTH, sums);
     if (t.keep || (t.add_partial && plain)) {
       if (t.add_partial) {
 #pragma GCC unroll 8
@@ -134,21 +161,12 @@ void tile_of(const uint32_t* left, const uint32_t* right, int64_t steps, const F
 }
 
 template <class M, int MR>
-void rank_tile_of(const uint32_t* left, const uint32_t* right, int64_t steps, int columns, float scale, void* out, int64_t ld,
-                  DType dtype, float tail_scale, uint32_t* tail) {
+void rank_tile_of(Strided left, int64_t steps, const uint32_t* right, int columns, float scale, void* out, int64_t ld,
+                  DType dtype, float tail_scale, void* tail, int64_t tail_ld) {
   constexpr int L = M::LANES, NV = GROUP / L < M::NV ? GROUP / L : M::NV;
   for (int c0 = 0; c0 < columns; c0 += NV * L) {
     typename M::F sums[MR][NV];
-    const int64_t block = M::VALUES == 1 && steps > F32_BLOCK ? F32_BLOCK : steps;
-    multiply<M, MR, NV>(left, right + c0, GROUP, block, sums);
-    for (int64_t k = block; k < steps; k += block) {
-      typename M::F more[MR][NV];
-      multiply<M, MR, NV>(left + k * MR, right + c0 + k * GROUP, GROUP, steps - k < block ? steps - k : block, more);
-#pragma GCC unroll 8
-      for (int m = 0; m < MR; m++)
-#pragma GCC unroll 4
-        for (int v = 0; v < NV; v++) sums[m][v] = M::add(sums[m][v], more[m][v]);
-    }
+    product<M>(left, steps, {}, 0, right + c0, GROUP, sums);
 #pragma GCC unroll 8
     for (int m = 0; m < MR; m++)
 #pragma GCC unroll 4
@@ -156,47 +174,52 @@ void rank_tile_of(const uint32_t* left, const uint32_t* right, int64_t steps, in
         const int c = c0 + L * v;
         if (c >= columns) continue;
         store<M>(dtype, out, m * ld + c, M::mul(sums[m][v], M::set1(scale)), columns - c);
-        uint32_t dwords[L];
-        M::store_left(dwords, M::mul(sums[m][v], M::set1(tail_scale)));
-        for (int i = 0; i < L / M::VALUES && M::VALUES * i < columns - c; i++) tail[(c / M::VALUES + i) * MR + m] = dwords[i];
+        store<M>(M::TYPE, tail, m * tail_ld + c, M::mul(sums[m][v], M::set1(tail_scale)), columns - c);
       }
   }
 }
 
-template <class M>
-void tile(int rows, const uint32_t* left, const uint32_t* right, int64_t steps, const Finish& t) {
+template <int N>
+struct Rows {
+  static constexpr int count = N;
+};
+
+template <class F>
+inline void with_rows(int rows, const F& f) {
   switch (rows) {
     case 1:
-      return tile_of<M, 1>(left, right, steps, t);
+      return f(Rows<1>());
     case 2:
-      return tile_of<M, 2>(left, right, steps, t);
+      return f(Rows<2>());
     case 3:
-      return tile_of<M, 3>(left, right, steps, t);
+      return f(Rows<3>());
     case 4:
-      return tile_of<M, 4>(left, right, steps, t);
+      return f(Rows<4>());
     case 5:
-      return tile_of<M, 5>(left, right, steps, t);
+      return f(Rows<5>());
     default:
-      return tile_of<M, 6>(left, right, steps, t);
+      return f(Rows<ROWS>());
   }
 }
 
 template <class M>
-void rank_tile(int rows, const uint32_t* left, const uint32_t* right, int64_t steps, int columns, float scale, void* out,
-               int64_t ld, DType dtype, float tail_scale, uint32_t* tail) {
-  switch (rows) {
-    case 1:
-      return rank_tile_of<M, 1>(left, right, steps, columns, scale, out, ld, dtype, tail_scale, tail);
-    case 2:
-      return rank_tile_of<M, 2>(left, right, steps, columns, scale, out, ld, dtype, tail_scale, tail);
-    case 3:
-      return rank_tile_of<M, 3>(left, right, steps, columns, scale, out, ld, dtype, tail_scale, tail);
-    case 4:
-      return rank_tile_of<M, 4>(left, right, steps, columns, scale, out, ld, dtype, tail_scale, tail);
-    case 5:
-      return rank_tile_of<M, 5>(left, right, steps, columns, scale, out, ld, dtype, tail_scale, tail);
-    default:
-      return rank_tile_of<M, 6>(left, right, steps, columns, scale, out, ld, dtype, tail_scale, tail);
+void tile(int rows, Strided left, int64_t steps, Strided tail, int64_t tail_steps, const uint32_t* right, const Finish& t) {
+  with_rows(rows, [&](auto n) { tile_of<M, decltype(n)::count>(left, steps, tail, tail_steps, right, t); });
+}
+
+template <class M>
+void rank_tile(int rows, Strided left, int64_t steps, const uint32_t* right, int columns, float scale, void* out, int64_t ld,
+               DType dtype, float tail_scale, void* tail, int64_t tail_ld) {
+  with_rows(rows, [&](auto n) {
+    rank_tile_of<M, decltype(n)::count>(left, steps, right, columns, scale, out, ld, dtype, tail_scale, tail, tail_ld);
+  });
+}
+
+template <class M>
+void scale_store(const float* src, int64_t n, float scale, DType dtype, void* dst) {
+  for (int64_t i = 0; i < n; i += M::LANES) {
+    const int left = static_cast<int>(n - i < M::LANES ? n - i : M::LANES);
+    store<M>(dtype, dst, i, M::mul(M::load_some(src + i, left), M::set1(scale)), left);
   }
 }
 

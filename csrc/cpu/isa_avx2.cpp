@@ -195,7 +195,6 @@ struct MathF32 {
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
   }
   static void store_own(void* out, int64_t i, F v) { store_f32(static_cast<float*>(out) + i, v); }
-  static void store_left(uint32_t* out, F v) { _mm256_storeu_ps((float*)out, v); }
 };
 
 void transpose_8x8(const void* src, int64_t ld, int rows, int64_t n, uint32_t* dst, int64_t ld_dst) {
@@ -262,6 +261,8 @@ constexpr Gemm GEMM_F32 = {1,
                            interleave_f32,
                            tile<MathF32>,
                            rank_tile<MathF32>,
+                           scale_store<MathF32>,
+                           rank_dots<MathF32>,
                            DotsF32<F32>::SPAN,
                            split<float, DotsF32<F32>::SPAN>,
                            nullptr,

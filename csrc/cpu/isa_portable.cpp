@@ -93,7 +93,6 @@ struct MathF32 {
   static F fma(F a, F b, F c) { return a * b + c; }
   static float sum(F v) { return (v[0] + v[1]) + (v[2] + v[3]); }
   static void store_own(void* out, int64_t i, F v) { store_f32(static_cast<float*>(out) + i, v); }
-  static void store_left(uint32_t* out, F v) { __builtin_memcpy(out, &v, sizeof v); }
 };
 
 }  // namespace
@@ -136,6 +135,8 @@ constexpr Gemm GEMM_F32 = {1,
                            interleave_f32,
                            tile<MathF32>,
                            rank_tile<MathF32>,
+                           scale_store<MathF32>,
+                           rank_dots<MathF32>,
                            DotsF32<F32>::SPAN,
                            split<float, DotsF32<F32>::SPAN>,
                            nullptr,

@@ -11,6 +11,7 @@ constexpr int ROWS = 6;        // of the left operand in a tile, at most
 constexpr int COLUMNS = 64;    // of the right operand in a panel, and the row length of float32 tiles
 constexpr int F32_BLOCK = 64;  // steps of a float32 sum before it joins the total: its error grows with their square root
 constexpr int GROUP = 16;      // columns that are packed together
+constexpr int RANKS = 4;       // rows of lora_A that are multiplied together with a few rows of x
 
 // What becomes of the sums of a tile [rows, columns].
 struct Finish {
@@ -26,8 +27,15 @@ struct Finish {
   bool accumulate;  // the sums are added to `out`, which is float32
 };
 
-// A packed matrix product: left [rows, D] as [steps][rows] dwords, right [D, columns] as [steps][`width`] dwords.  A dword is
-// one step of the contraction: a float32, or two bf16 that are neighbours along it (an odd length is padded with zero).
+// A left operand [rows, steps]: dwords from one row and from one step to the next.  Packed tiles are {1, rows}, row-major
+// matrices {ld, 1}.
+struct Strided {
+  const uint32_t* data;
+  int64_t row, step;
+};
+
+// A matrix product: left [rows, D] by steps, right [D, columns] packed as [steps][`width`] dwords.  A dword is one step of the
+// contraction: a float32, or two bf16 that are neighbours along it (an odd length is padded with zero).
 struct Gemm {
   int values;  // in a dword: 1 or 2
   int width;   // columns of the right operand side by side in memory; a panel is COLUMNS / width such pieces
@@ -40,13 +48,19 @@ struct Gemm {
   // steps ld_dst and groups group_stride dwords apart.
   void (*interleave)(const void* src, int64_t ld, int64_t rows, int columns, uint32_t* dst, int64_t ld_dst,
                      int64_t group_stride);
-  // left [steps][rows] x right [steps][width] -> finish.  columns <= width.
-  void (*tile)(int rows, const uint32_t* left, const uint32_t* right, int64_t steps, const Finish& finish);
-  // left [steps][rows] x right [steps][16]: scale * sums -> out [rows, columns <= 16] of `dtype`, and tail_scale * sums ->
-  // tail, the next steps of left.
-  void (*rank_tile)(int rows, const uint32_t* left, const uint32_t* right, int64_t steps, int columns, float scale, void* out,
-                    int64_t ld, DType dtype, float tail_scale, uint32_t* tail);
+  // [left [rows, steps] | tail [rows, tail_steps]] x right [steps + tail_steps][width] -> finish.  columns <= width.
+  void (*tile)(int rows, Strided left, int64_t steps, Strided tail, int64_t tail_steps, const uint32_t* right,
+               const Finish& finish);
+  // left [rows, steps] x right [steps][16]: scale * sums -> out [rows, columns <= 16] of `dtype`, and tail_scale * sums ->
+  // tail [rows, columns] of the type that is multiplied; rows ld and tail_ld values apart.
+  void (*rank_tile)(int rows, Strided left, int64_t steps, const uint32_t* right, int columns, float scale, void* out,
+                    int64_t ld, DType dtype, float tail_scale, void* tail, int64_t tail_ld);
 
+  // scale * src [n] -> dst of `dtype`
+  void (*store)(const float* src, int64_t n, float scale, DType dtype, void* dst);
+
+  // x [M, K] a [rows <= RANKS, K]^T -> out [M, RANKS], of the type that is multiplied; K a multiple of 64
+  void (*rank_dots)(const void* x, int64_t M, int64_t K, const void* a, int rows, float* out);
   // Even elements of every `span` values of x [n] first; n a multiple of 64.
   int span;
   void (*split)(const void* x, int64_t n, void* dst);
@@ -70,17 +84,14 @@ struct Dots {
   int64_t before;  // elements of that block before row n0
   int64_t K, N;
   int M;
-  const void* x;   // [M, K], a Gemm's type, each `span` values with its even elements first
-  const float* h;  // [M, h_ld] scaled, zero past r
-  int64_t h_ld;    // r rounded up to a multiple of GROUP
-  int r;           // at most MAX_DOTS_RANK
-  const void* B;   // [N, r]
-  DType B_dtype;
+  const void* x;      // [M, K], a Gemm's type, each `span` values with its even elements first
+  int64_t rank;       // r rounded up to a multiple of GROUP
+  const float* h;     // [M, rank] scaled, zero past r
+  const float* B;     // [n1 - n0, rank], zero past r
   const float* bias;  // [n1 - n0] or null
   void* y;            // [M, N]
   DType dtype;
 };
-constexpr int MAX_DOTS_RANK = 64;
 
 struct Kernels {
   const char* name;
@@ -113,8 +124,6 @@ struct Kernels {
   void (*decode_bf16_as_f32)(const uint8_t* packed, const float* codebook, const float* absmax, int shift, int64_t e0,
                              int64_t e1, void* out);
 
-  // out [M] = x [M, K] . A [K]
-  void (*rank_dots)(const float* x, int64_t M, int64_t K, const void* A, DType dtype, float* out);
   // Rows [n0, n1) of W, rounded to the dtype in the name, and of the output; bf16 takes x of that type where the CPU has it.
   void (*dots_f32)(const Dots& dots, int64_t n0, int64_t n1);
   void (*dots_f16)(const Dots& dots, int64_t n0, int64_t n1);

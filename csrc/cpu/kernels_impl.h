@@ -119,7 +119,6 @@ constexpr Kernels make_kernels(const char* name, const Gemm& f32, const Gemm& bf
                  decode<BF16, BF16>,
                  decode<F32, F16>,
                  decode<F32, BF16>,
-                 rank_dots,
                  dots<DotsF32<F32>>,
                  dots<DotsF32<F16>>,
                  dots_bf16,

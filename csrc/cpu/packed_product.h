@@ -5,6 +5,10 @@
 // lives in registers for the whole contraction (a block of it, where a panel would not fit) and is rounded once.  Every sum is
 // taken by one thread in an order that depends on the shapes alone, so the number of threads never changes a bit.
 #pragma once
+#if __has_include(<unistd.h>)
+#include <unistd.h>
+#endif
+
 #include <cmath>
 
 #include "../codebooks.h"
@@ -14,9 +18,20 @@
 
 namespace lora_kernels::cpu {
 
-constexpr int64_t PANEL_BYTES = 640 << 10;  // of the 1 MB of L2 that a core has
-constexpr int64_t LEFT_BYTES = 8 << 20;     // of packed rows, in L3
-constexpr int64_t CHUNK = 256;              // values converted at a time
+constexpr int64_t LEFT_BYTES = 8 << 20;  // of packed rows, in L3
+constexpr int64_t SPAN = 4;              // panels in a strip, where the whole contraction does not fit in one
+constexpr int64_t MAX_STRIDE = 3 << 10;  // of rows that are multiplied where they lie
+constexpr int64_t CHUNK = 256;           // values converted at a time
+
+// Bytes of a panel: five eighths of a core's L2 cache, of 1 MB where the system does not say.
+inline int64_t panel_bytes() {
+#ifdef _SC_LEVEL2_CACHE_SIZE
+  static const int64_t cache = sysconf(_SC_LEVEL2_CACHE_SIZE);
+#else
+  constexpr int64_t cache = 0;
+#endif
+  return (cache > 0 ? std::clamp<int64_t>(cache, 256 << 10, 2 << 20) : 1 << 20) / 8 * 5;
+}
 
 inline bool multiplies_bf16() { return kernels().bf16.tile; }
 
@@ -56,6 +71,10 @@ struct Source {
     kernels().f32.convert(data.dtype, at(row, column), n, values);
     dropout->apply(row, column, n, values);
     g.convert(DType::f32, values, n, dst);
+  }
+  void load_row(const Gemm& g, int64_t row, int64_t n, void* dst) const {
+    for (int64_t k = 0; k < n; k += CHUNK)
+      load(g, row, k, std::min(CHUNK, n - k), static_cast<char*>(dst) + k * (4 / g.values));
   }
   const void* at(int64_t row, int64_t column) const {
     return static_cast<const char*>(data.data) + (row * ld + column) * itemsize(data.dtype);
@@ -192,37 +211,47 @@ struct Tiles {
   int rows(int64_t i) const { return static_cast<int>(begin(i + 1) - begin(i)); }
 };
 
-// Rows [m0, m0 + M) of the left operand, packed [tile][steps of D, then of r][rows], with what the adapter makes of them.
+// The left operand [_, D], and what the adapter makes of it: products [_, r] = source x right, times scale, and the tail
+// [_, r], which follows `source` in the contraction.
 struct Left {
   const Product& product;
-  Source source;           // [_, D]
+  Source source;
   int64_t D, r;            // r 0: no adapter
-  const uint32_t* right;   // [ceil(r / 16)][steps of D][16], what `source` is multiplied with
-  const Dropout* dropout;  // of `source`, for that product only
-  Dense products;          // [_, r] = source x right, scaled
+  const uint32_t* right;   // [ceil(r / 16)][steps of D][16]
+  const Dropout* dropout;  // of `source`, for the adapter only
+  Dense products;
   float scale, tail_scale;
+  uint32_t* tail;  // [_, steps of r]
 
-  int64_t depth() const { return product.steps(D) + product.steps(r); }
+  // A matrix whose rows are close together is read as fast where it lies.
+  bool packs() const { return !product.direct(source) || D % product.gemm.values || D * itemsize(product.type) > MAX_STRIDE; }
 
-  void pack(int64_t m0, const Tiles& tiles, int64_t i, uint32_t* packed, Scratch& scratch) const {
+  Strided tile(const uint32_t* packed, int64_t m0, const Tiles& tiles, int64_t i, int64_t d) const {
+    if (packs()) return {packed + tiles.begin(i) * product.steps(D) + product.steps(d) * tiles.rows(i), 1, tiles.rows(i)};
+    return {static_cast<const uint32_t*>(source.at(m0 + tiles.begin(i), d)), source.ld / product.gemm.values, 1};
+  }
+  Strided tail_of(int64_t m) const { return {tail + m * product.steps(r), product.steps(r), 1}; }
+
+  // Rows [m0, m0 + tiles.M): packed [tile][steps of D][rows], products and tail
+  void prepare(int64_t m0, const Tiles& tiles, int64_t i, uint32_t* packed, Scratch& scratch) const {
     const int64_t m = m0 + tiles.begin(i), steps = product.steps(D);
     const int rows = tiles.rows(i);
-    uint32_t* tile = packed + tiles.begin(i) * depth();
-    product.transpose(source, m, rows, 0, D, tile, rows);
+    Strided factor = tile(packed, m0, tiles, i, 0);
+    if (packs()) product.transpose(source, m, rows, 0, D, packed + tiles.begin(i) * steps, rows);
     if (!r) return;
-    const uint32_t* factor = tile;
     if (dropout) {
       Source dropped = source;
       dropped.dropout = dropout;
       uint32_t* t = scratch.get<uint32_t>(steps * rows);
       product.transpose(dropped, m, rows, 0, D, t, rows);
-      factor = t;
+      factor = {t, 1, rows};
     }
     for (int64_t q = 0; q < r; q += GROUP)
       product.gemm.rank_tile(
-          rows, factor, right + q * steps, steps, static_cast<int>(std::min<int64_t>(GROUP, r - q)), scale,
+          rows, factor, steps, right + q * steps, static_cast<int>(std::min<int64_t>(GROUP, r - q)), scale,
           const_cast<char*>(static_cast<const char*>(products.data)) + (m * r + q) * itemsize(products.dtype), r,
-          products.dtype, tail_scale, tile + (steps + q / product.gemm.values) * rows);
+          products.dtype, tail_scale, tail + m * product.steps(r) + q / product.gemm.values,
+          product.steps(r) * product.gemm.values);
   }
 };
 
@@ -239,52 +268,59 @@ void multiply(Team& team, const Left& left, const uint32_t* packed, int64_t m0, 
               const WeightFill& weight, const AdapterFill& adapter, void* out, DType out_dtype, bool accumulate) {
   static thread_local Scratch panel_scratch, partial_scratch;
   const Gemm& g = left.product.gemm;
-  const int64_t D = left.D, r = left.r, C = right.columns, depth = left.depth(), rank_steps = left.product.steps(r);
-  const int64_t blocks = ceil_div(left.product.steps(D), PANEL_BYTES / (COLUMNS * 4));
+  const int64_t D = left.D, r = left.r, C = right.columns, rank_steps = left.product.steps(r);
+  const int64_t blocks = ceil_div(left.product.steps(D), panel_bytes() / (COLUMNS * 4));
   const int64_t block = ceil_div(ceil_div(D, blocks), 64) * 64;
   const int64_t panel_steps = left.product.steps(std::min(block, D)) + rank_steps;
   uint32_t* panel_data = panel_scratch.get<uint32_t>(panel_steps * COLUMNS);
-  float* partial = block < D ? partial_scratch.get<float>(tiles.M * COLUMNS) : nullptr;
+  // A strip of panels takes one block of the contraction together: of dx, its rows of W lie in no more pages than the TLB
+  // holds.
+  const int64_t span = block < D ? SPAN : 1;
+  float* partials = block < D ? partial_scratch.get<float>(span * tiles.M * COLUMNS) : nullptr;
   alignas(64) float bias[COLUMNS], extra[ROWS * COLUMNS];
 
-  auto part = [&](int64_t c, int64_t tile0, int64_t tile1) {
+  auto part = [&](int64_t c, int64_t d0, float* partial, int64_t tile0, int64_t tile1) {
     const int columns = static_cast<int>(std::min<int64_t>(COLUMNS, C - c));
     if (right.bias)
       kernels().f32.convert(right.bias->dtype, static_cast<const char*>(right.bias->data) + c * itemsize(right.bias->dtype),
                             columns, bias);
-    for (int64_t d0 = 0; d0 < D; d0 += block) {
-      const int64_t d1 = std::min(D, d0 + block), weight_steps = left.product.steps(d1 - d0);
-      const bool last = d1 == D;
-      const Panel panel{panel_data, weight_steps + (last ? rank_steps : 0), g.width};
-      weight(c, d0, d1, panel);
-      if (last && r) adapter(c, panel, weight_steps);
-      const bool joined = last && !right.dropout;
-      for (int64_t i = tile0; i < tile1; i++) {
-        const int64_t row = tiles.begin(i);
-        const int rows = tiles.rows(i);
-        const uint32_t* tile = packed + row * depth + left.product.steps(d0) * rows;
-        if (last && right.dropout) {
-          for (int p = 0; p < columns; p += g.width)
-            g.tile(rows, tile + weight_steps * rows, panel.at(p / GROUP, weight_steps), rank_steps,
-                   {extra + p, false, true, nullptr, nullptr, nullptr, 0, out_dtype, std::min(g.width, columns - p), false});
-          for (int m = 0; m < rows; m++) right.dropout->apply(m0 + row + m, c, columns, extra + m * COLUMNS);
-        }
-        for (int p = 0; p < columns; p += g.width) {
-          char* o = static_cast<char*>(out) + ((m0 + row) * C + c + p) * itemsize(out_dtype);
-          g.tile(rows, tile, panel.at(p / GROUP, 0), weight_steps + (joined ? rank_steps : 0),
-                 {partial ? partial + row * COLUMNS + p : nullptr, d0 > 0, !last, right.bias ? bias + p : nullptr,
-                  last && right.dropout ? extra + p : nullptr, o, C, out_dtype, std::min(g.width, columns - p), accumulate});
-        }
+    const int64_t d1 = std::min(D, d0 + block), weight_steps = left.product.steps(d1 - d0);
+    const bool last = d1 == D;
+    const Panel panel{panel_data, weight_steps + (last ? rank_steps : 0), g.width};
+    weight(c, d0, d1, panel);
+    if (last && r) adapter(c, panel, weight_steps);
+    const bool joined = last && !right.dropout;
+    for (int64_t i = tile0; i < tile1; i++) {
+      const int64_t row = tiles.begin(i);
+      const int rows = tiles.rows(i);
+      const Strided tile = left.tile(packed, m0, tiles, i, d0), tail = left.tail_of(m0 + row);
+      if (last && right.dropout) {
+        for (int p = 0; p < columns; p += g.width)
+          g.tile(rows, tail, rank_steps, {}, 0, panel.at(p / GROUP, weight_steps),
+                 {extra + p, false, true, nullptr, nullptr, nullptr, 0, out_dtype, std::min(g.width, columns - p), false});
+        for (int m = 0; m < rows; m++) right.dropout->apply(m0 + row + m, c, columns, extra + m * COLUMNS);
+      }
+      for (int p = 0; p < columns; p += g.width) {
+        char* o = static_cast<char*>(out) + ((m0 + row) * C + c + p) * itemsize(out_dtype);
+        g.tile(rows, tile, weight_steps, tail, joined ? rank_steps : 0, panel.at(p / GROUP, 0),
+               {partial ? partial + row * COLUMNS + p : nullptr, d0 > 0, !last, right.bias ? bias + p : nullptr,
+                last && right.dropout ? extra + p : nullptr, o, C, out_dtype, std::min(g.width, columns - p), accumulate});
       }
     }
   };
-  // What is left of the panels when every thread has had as many is shared by rows.
-  const int64_t panels = ceil_div(C, COLUMNS), whole = panels / team.threads * team.threads;
-  team.share(whole, [&](int64_t p) { part(p * COLUMNS, 0, tiles.count); });
-  for (int64_t p = whole; p < panels; p++) {
-    const int64_t tile0 = tiles.count * team.thread / team.threads, tile1 = tiles.count * (team.thread + 1) / team.threads;
-    if (tile0 < tile1) part(p * COLUMNS, tile0, tile1);
-  }
+  auto strip = [&](int64_t panel, int64_t n, int64_t tile0, int64_t tile1) {
+    for (int64_t d0 = 0; d0 < D; d0 += block)
+      for (int64_t i = 0; i < n; i++)
+        part((panel + i) * COLUMNS, d0, partials ? partials + i * tiles.M * COLUMNS : nullptr, tile0, tile1);
+  };
+  // As many strips as every thread can have, then as many panels; the rest is shared by rows.
+  const int64_t panels = ceil_div(C, COLUMNS), strips = panels / span / team.threads * team.threads, narrow = strips * span;
+  const int64_t whole = narrow + (panels - narrow) / team.threads * team.threads;
+  team.share(strips + whole - narrow, [&](int64_t i) {
+    i < strips ? strip(i * span, span, 0, tiles.count) : strip(narrow + i - strips, 1, 0, tiles.count);
+  });
+  const int64_t tile0 = tiles.count * team.thread / team.threads, tile1 = tiles.count * (team.thread + 1) / team.threads;
+  for (int64_t p = whole; p < panels && tile0 < tile1; p++) strip(p, 1, tile0, tile1);
 }
 
 }  // namespace lora_kernels::cpu

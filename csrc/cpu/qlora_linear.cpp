@@ -15,6 +15,16 @@ int64_t rows_per_block(int64_t M, int64_t depth) {
   return std::max<int64_t>(1, ceil_div(M, blocks));
 }
 
+// What the calling thread keeps for its next call, in whichever direction.
+struct Kept {
+  Scratch absmax, left, right, tail, g, packed_g, packed_h;
+};
+
+Kept& kept() {
+  static thread_local Kept memory;
+  return memory;
+}
+
 constexpr int64_t ABSMAX_UNIT = 64 * 256;
 
 // Units of work that decode the scales of a double-quantized weight into `out`.
@@ -28,10 +38,10 @@ void decode_absmax_unit(const Weight& w, int64_t unit, float* out) {
 // A few rows of x, K a multiple of 64, blocks of at least 64: W is decoded in registers, once for 4 rows of x, where packing
 // would cost more than the product.  Up to MAX_DOTS rows; where a row of W is short the sum across a register at its end is
 // dear, and packing wins earlier (measured at K = 576).
-constexpr int64_t MAX_DOTS = 12, MAX_DOTS_SHORT = 5, SHORT = 2048;
+constexpr int64_t MAX_DOTS = 12, MAX_DOTS_SHORT = 5, SHORT = 2048, MAX_DOTS_ROWS = 512;
 
-bool takes_dots(int64_t M, const Weight& w, int64_t r) {
-  return M <= (w.K < SHORT ? MAX_DOTS_SHORT : MAX_DOTS) && w.K % 64 == 0 && w.blocksize >= 64 && r <= MAX_DOTS_RANK;
+bool takes_dots(int64_t M, const Weight& w) {
+  return M <= (w.K < SHORT ? MAX_DOTS_SHORT : MAX_DOTS) && w.K % 64 == 0 && w.blocksize >= 64;
 }
 
 void store(DType dtype, void* out, int64_t i, float v) {
@@ -43,67 +53,84 @@ void store(DType dtype, void* out, int64_t i, float v) {
 
 void qlora_linear_dots(DType dtype, int64_t M, const void* x, const Weight& w, const Adapter& adapter, Dense bias, void* y,
                        void* h) {
-  static thread_local Scratch x_scratch, row_scratch, h_scratch;
+  static thread_local Scratch split_scratch, rows_scratch, dropped_scratch, h_scratch;
   const Kernels& k = kernels();
   const Product product(dtype);
+  const Gemm& g = product.gemm;
   const Dropout dropout(adapter, w.K);
-  const int64_t N = w.N, K = w.K, r = adapter.r, size = itemsize(product.type), h_ld = ceil_div(r, GROUP) * GROUP;
-  char* x_split = x_scratch.get<char>(M * K * size);
-  float* x_rows = r ? row_scratch.get<float>(M * K) : nullptr;
-  float* h_scaled = h_scratch.get<float>(M * h_ld);
-  std::fill_n(h_scaled, M * h_ld, 0.0f);
+  const int64_t N = w.N, K = w.K, r = adapter.r, rank = ceil_div(r, GROUP) * GROUP, size = itemsize(product.type);
+  const Source source{{x, dtype}, K}, dropped{{x, dtype}, K, dropout.active() ? &dropout : nullptr};
+  const bool same_rows = !dropout.active() || !r, converts = !product.direct(source);
+  char* split = split_scratch.get<char>(M * K * size);
+  char* converted = converts ? rows_scratch.get<char>(M * K * size) : nullptr;
+  char* dropped_rows = same_rows ? nullptr : dropped_scratch.get<char>(M * K * size);
+  const char* rows = converts ? converted : static_cast<const char*>(x);
+  const char* h_rows = same_rows ? rows : dropped_rows;
+  float* h_scaled = h_scratch.get<float>(M * rank);
+  std::fill_n(h_scaled, M * rank, 0.0f);
   const float h_scale = dropout.active() ? dropout.scale() : 1.0f;
   const auto dots = dtype == DType::f32 ? k.dots_f32 : dtype == DType::f16 ? k.dots_f16 : k.dots_bf16;
   int shift = 0;
   while ((int64_t{1} << shift) < w.blocksize) shift++;
 
   with_team(threads_for(M, w), [&](Team& team) {
-    static thread_local Scratch values_scratch, absmax_scratch;
-    team.share(M, [&](int64_t m) {
-      const char* row = static_cast<const char*>(x) + m * K * itemsize(dtype);
-      if (product.type == dtype) {
-        product.gemm.split(row, K, x_split + m * K * size);
-      } else {
-        float* values = values_scratch.get<float>(K);
-        product.gemm.convert(dtype, row, K, values);
-        product.gemm.split(values, K, x_split + m * K * size);
-      }
-      if (!r) return;
-      k.f32.convert(dtype, row, K, x_rows + m * K);
-      if (dropout.active()) dropout.apply(m, 0, K, x_rows + m * K);
-    });
-    team.sync();
-    if (r) {
-      team.share(r, [&](int64_t q) {
-        float sums[MAX_DOTS];
-        k.rank_dots(x_rows, M, K, static_cast<const char*>(adapter.A.data) + q * K * itemsize(adapter.A.dtype), adapter.A.dtype,
-                    sums);
-        for (int64_t m = 0; m < M; m++) {
-          store(dtype, h, m * r + q, sums[m] * h_scale);
-          h_scaled[m * h_ld + q] = sums[m] * h_scale * adapter.scaling;
-        }
+    static thread_local Scratch A_scratch, B_scratch, absmax_scratch;
+    if (converts || !same_rows) {
+      team.share(M, [&](int64_t m) {
+        if (converts) source.load_row(g, m, K, converted + m * K * size);
+        if (!same_rows) dropped.load_row(g, m, K, dropped_rows + m * K * size);
       });
       team.sync();
     }
-    // Rows of W whose scales fit in L1 with room to spare, and several pieces a thread.
-    const int64_t most = std::clamp<int64_t>(4096 * 64 / K, 4, 4096), pieces = team.threads == 1 ? 1 : 4 * team.threads;
-    const int64_t unit = std::max<int64_t>(4, std::min(most, ceil_div(N, pieces)) / 4 * 4);
-    team.share(ceil_div(N, unit), [&](int64_t i) {
-      const int64_t n0 = i * unit, n1 = std::min(N, n0 + unit), b0 = n0 * K >> shift, b1 = ceil_div(n1 * K, w.blocksize);
-      // blocks longer than a row may begin before n0: the kernel counts from row n0
-      const float* absmax = w.absmax ? w.absmax + b0 : nullptr;
-      if (!absmax) {
-        float* decoded = absmax_scratch.get<float>(b1 - b0);
-        k.decode_absmax(w.absmax_u8, w.absmax2, w.code2, w.offset, b0, b1, decoded);
-        absmax = decoded;
+    team.share(M + ceil_div(r, RANKS), [&](int64_t i) {
+      if (i < M) return g.split(rows + i * K * size, K, split + i * K * size);
+      const int64_t q0 = (i - M) * RANKS, q1 = std::min(r, q0 + RANKS);
+      const Source A{adapter.A, K};
+      const void* a = A.at(q0, 0);
+      if (!product.direct(A)) {
+        char* converted_A = A_scratch.get<char>(RANKS * K * size);
+        for (int64_t q = q0; q < q1; q++) A.load_row(g, q, K, converted_A + (q - q0) * K * size);
+        a = converted_A;
       }
-      float biases[4096];
-      if (bias.data)
-        k.f32.convert(bias.dtype, static_cast<const char*>(bias.data) + n0 * itemsize(bias.dtype), n1 - n0, biases);
-      dots({w.packed, w.quant_type == QuantType::nf4 ? NF4 : FP4, absmax, shift, n0 * K - (b0 << shift), K, N,
-            static_cast<int>(M), x_split, h_scaled, h_ld, static_cast<int>(r), adapter.B.data, adapter.B.dtype,
-            bias.data ? biases : nullptr, y, dtype},
-           n0, n1);
+      float sums[MAX_DOTS * RANKS];
+      g.rank_dots(h_rows, M, K, a, static_cast<int>(q1 - q0), sums);
+      for (int64_t m = 0; m < M; m++)
+        for (int64_t q = q0; q < q1; q++) {
+          const float v = sums[m * RANKS + q - q0] * h_scale;
+          store(dtype, h, m * r + q, v);
+          h_scaled[m * rank + q] = v * adapter.scaling;
+        }
+    });
+    team.sync();
+    // Each thread reads as long a stretch of W as the balance allows, a few rows at a time whose scales stay in L1.
+    const int64_t pieces = team.threads == 1 ? 1 : 4 * team.threads, piece = ceil_div(ceil_div(N, pieces), 4) * 4;
+    const int64_t few = std::clamp<int64_t>(4096 * 64 / K / 4 * 4, 4, MAX_DOTS_ROWS);
+    team.share(ceil_div(N, piece), [&](int64_t i) {
+      float biases[MAX_DOTS_ROWS];
+      float* B = B_scratch.get<float>(few * rank);
+      for (int64_t n0 = i * piece, end = std::min(N, n0 + piece), n1; n0 < end; n0 = n1) {
+        n1 = std::min(end, n0 + few);
+        const int64_t b0 = n0 * K >> shift, b1 = ceil_div(n1 * K, w.blocksize);
+        // blocks longer than a row may begin before n0: the kernel counts from row n0
+        const float* absmax = w.absmax ? w.absmax + b0 : nullptr;
+        if (!absmax) {
+          float* decoded = absmax_scratch.get<float>(b1 - b0);
+          k.decode_absmax(w.absmax_u8, w.absmax2, w.code2, w.offset, b0, b1, decoded);
+          absmax = decoded;
+        }
+        const Source factor{adapter.B, r};
+        if (r == rank) {
+          if (r) k.f32.convert(adapter.B.dtype, factor.at(n0, 0), (n1 - n0) * r, B);
+        } else {
+          std::fill_n(B, (n1 - n0) * rank, 0.0f);
+          for (int64_t n = n0; n < n1; n++) k.f32.convert(adapter.B.dtype, factor.at(n, 0), r, B + (n - n0) * rank);
+        }
+        if (bias.data)
+          k.f32.convert(bias.dtype, static_cast<const char*>(bias.data) + n0 * itemsize(bias.dtype), n1 - n0, biases);
+        dots({w.packed, w.quant_type == QuantType::nf4 ? NF4 : FP4, absmax, shift, n0 * K - (b0 << shift), K, N,
+              static_cast<int>(M), split, rank, h_scaled, B, bias.data ? biases : nullptr, y, dtype},
+             n0, n1);
+      }
     });
   });
 }
@@ -131,60 +158,60 @@ class Outer {
         tiles_(rows + (sums ? 1 : 0)) {}
 
   int64_t strips() const { return ceil_div(columns_, STRIP); }
-  int64_t packed_dwords() const { return product_.steps(M_) * tiles_.M; }
+  int64_t packed_dwords() const { return product_.steps(M_) * width(); }
 
-  // All of a -> [tile][steps of M][rows of the tile]; with sums, a last row of ones.
-  void pack(uint32_t* packed, Scratch& scratch) const {
-    const int64_t steps = product_.steps(M_), width = ceil_div(rows_, GROUP) * GROUP;
-    uint32_t* wide = scratch.get<uint32_t>(steps * width);
+  // All of a -> [steps of M][width]; with sums, a last row of ones.
+  void pack(uint32_t* packed) const {
     for (int64_t q = 0; q < rows_; q += GROUP)
-      product_.interleave(a_, 0, M_, q, static_cast<int>(std::min<int64_t>(GROUP, rows_ - q)), wide + q, width, GROUP);
-    for (int64_t i = 0; i < tiles_.count; i++) {
-      const int rows = tiles_.rows(i);
-      for (int64_t s = 0; s < steps; s++)
-        for (int j = 0; j < rows; j++, packed++) {
-          const int64_t row = tiles_.begin(i) + j;
-          *packed = row < rows_ ? wide[s * width + row] : ones(s);
-        }
-    }
+      product_.interleave(a_, 0, M_, q, static_cast<int>(std::min<int64_t>(GROUP, rows_ - q)), packed + q, width(), GROUP);
+    if (sums_)
+      for (int64_t s = 0; s < product_.steps(M_); s++) packed[s * width() + rows_] = ones(s);
   }
 
   void strip(const uint32_t* packed, int64_t unit, Scratch& panel_scratch, Scratch& sum_scratch) const {
     const Gemm& g = product_.gemm;
-    const int64_t steps = product_.steps(M_), block_steps = product_.steps(BLOCK);
-    uint32_t* data = panel_scratch.get<uint32_t>(block_steps * COLUMNS);
-    float* sums = sum_scratch.get<float>(tiles_.M * STRIP);
+    uint32_t* data = panel_scratch.get<uint32_t>(product_.steps(BLOCK) * COLUMNS);
+    float* sums = sum_scratch.get<float>((tiles_.M + rows_) * STRIP);
+    float* turned = sums + tiles_.M * STRIP;
     const int64_t begin = unit * STRIP, end = std::min(columns_, begin + STRIP);
+    if (!M_) std::fill_n(sums, tiles_.M * STRIP, 0.0f);
     for (int64_t m = 0; m < M_; m += BLOCK) {
       const int64_t n = std::min(BLOCK, M_ - m);
       const Panel panel{data, product_.steps(n), g.width};
-      // the next block: rows are too far apart for the hardware to see what comes
-      for (int64_t j = m + n; j < std::min(M_, m + n + BLOCK); j++)
-        for (int64_t c = begin; c < end; c += 64 / itemsize(b_.data.dtype)) __builtin_prefetch(b_.at(j, c));
       for (int64_t c = begin; c < end; c += COLUMNS) {
         const int columns = static_cast<int>(std::min<int64_t>(COLUMNS, end - c));
         product_.interleave(b_, m, n, c, columns, data, g.width, panel.group_stride());
         for (int64_t i = 0; i < tiles_.count; i++) {
-          const int rows = tiles_.rows(i);
-          const uint32_t* left = packed + tiles_.begin(i) * steps + product_.steps(m) * rows;
+          const Strided left{packed + product_.steps(m) * width() + tiles_.begin(i), 1, width()};
+          // the next block, a part at a time: rows are too far apart for the hardware to see what comes
+          for (int64_t j = m + n + BLOCK * i / tiles_.count; j < std::min(M_, m + n + BLOCK * (i + 1) / tiles_.count); j++)
+            for (int q = 0; q < columns; q += 64 / itemsize(b_.data.dtype)) __builtin_prefetch(b_.at(j, c + q));
           float* tile = sums + ((c - begin) * tiles_.M + tiles_.begin(i) * COLUMNS);
           for (int p = 0; p < columns; p += g.width)
-            g.tile(rows, left, panel.at(p / GROUP, 0), panel.steps,
+            g.tile(tiles_.rows(i), left, panel.steps, {}, 0, panel.at(p / GROUP, 0),
                    {tile + p, m > 0, true, nullptr, nullptr, nullptr, 0, DType::f32, std::min(g.width, columns - p), false});
         }
       }
     }
-    for (int64_t c = begin; c < end; c++) {
-      const float* column = sums + (c - begin) / COLUMNS * COLUMNS * tiles_.M + (c - begin) % COLUMNS;
-      if (out_.data)
-        for (int64_t q = 0; q < rows_; q++)
-          store(out_.dtype, const_cast<void*>(out_.data), transposed_ ? c * rows_ + q : q * columns_ + c,
-                M_ ? column[q * COLUMNS] * scale_ : 0.0f);
-      if (sums_) sums_[c] = M_ ? column[rows_ * COLUMNS] : 0.0f;
+    for (int64_t c = begin; c < end; c += COLUMNS) {
+      const int64_t n = std::min<int64_t>(COLUMNS, end - c);
+      const float* piece = sums + (c - begin) * tiles_.M;
+      if (sums_) std::copy_n(piece + rows_ * COLUMNS, n, sums_ + c);
+      if (!out_.data) continue;
+      if (!transposed_) {
+        for (int64_t q = 0; q < rows_; q++) g.store(piece + q * COLUMNS, n, scale_, out_.dtype, out(q * columns_ + c));
+        continue;
+      }
+      for (int64_t q = 0; q < rows_; q += GROUP)
+        kernels().f32.transpose(piece + q * COLUMNS, COLUMNS, static_cast<int>(std::min<int64_t>(GROUP, rows_ - q)), n,
+                                reinterpret_cast<uint32_t*>(turned) + q, rows_);
+      g.store(turned, n * rows_, scale_, out_.dtype, out(c * rows_));
     }
   }
 
  private:
+  int64_t width() const { return ceil_div(tiles_.M, GROUP) * GROUP; }
+  void* out(int64_t i) const { return static_cast<char*>(const_cast<void*>(out_.data)) + i * itemsize(out_.dtype); }
   uint32_t ones(int64_t step) const {
     if (product_.type == DType::f32) return 0x3f800000;
     return 2 * step + 1 < M_ ? 0x3f803f80 : 0x3f80;
@@ -205,21 +232,23 @@ class Outer {
 void qlora_linear(DType dtype, int64_t M, const void* x, const Weight& w, const Adapter& adapter, Dense bias, void* y,
                   void* h) {
   if (M == 0) return;
-  if (takes_dots(M, w, adapter.r)) return qlora_linear_dots(dtype, M, x, w, adapter, bias, y, h);
-  static thread_local Scratch absmax_scratch, left_scratch, right_scratch;
+  if (takes_dots(M, w)) return qlora_linear_dots(dtype, M, x, w, adapter, bias, y, h);
+  Kept& memory = kept();
   const int64_t N = w.N, K = w.K, r = adapter.r;
   const Product product(dtype);
   const Dropout dropout(adapter, K);
   const Source A{adapter.A, K}, B{adapter.B, r};
   const int64_t steps = product.steps(K), groups = ceil_div(r, GROUP);
 
-  float* absmax = w.absmax ? nullptr : absmax_scratch.get<float>(w.n_blocks());
-  uint32_t* right = right_scratch.get<uint32_t>(groups * GROUP * steps);
+  float* absmax = w.absmax ? nullptr : memory.absmax.get<float>(w.n_blocks());
+  uint32_t* right = memory.right.get<uint32_t>(groups * GROUP * steps);
   const float h_scale = dropout.active() ? dropout.scale() : 1.0f;
-  const Left left{product, {{x, dtype}, K},          K, r, right, dropout.active() ? &dropout : nullptr, {h, dtype},
-                  h_scale, h_scale * adapter.scaling};
-  const int64_t block = rows_per_block(M, left.depth());
-  uint32_t* packed = left_scratch.get<uint32_t>(block * left.depth());
+  uint32_t* tail = memory.tail.get<uint32_t>(M * product.steps(r));
+  if (r % product.gemm.values) std::fill_n(tail, M * product.steps(r), 0u);
+  const Left left{product, {{x, dtype}, K},           K,   r, right, dropout.active() ? &dropout : nullptr, {h, dtype},
+                  h_scale, h_scale * adapter.scaling, tail};
+  const int64_t block = rows_per_block(M, steps);
+  uint32_t* packed = memory.left.get<uint32_t>(left.packs() ? block * steps : 0);
   const WeightPanels weight(w, absmax ? absmax : w.absmax, product, dtype);
 
   with_team(threads_for(M, w), [&](Team& team) {
@@ -237,8 +266,10 @@ void qlora_linear(DType dtype, int64_t M, const void* x, const Weight& w, const 
     team.sync();
     for (int64_t m0 = 0; m0 < M; m0 += block) {
       const Tiles tiles(std::min(block, M - m0));
-      team.share(tiles.count, [&](int64_t i) { left.pack(m0, tiles, i, packed, tile_scratch); });
-      team.sync();
+      if (left.packs() || left.r) {
+        team.share(tiles.count, [&](int64_t i) { left.prepare(m0, tiles, i, packed, tile_scratch); });
+        team.sync();
+      }
       multiply(
           team, left, packed, m0, tiles, {N, bias.data ? &bias : nullptr, nullptr},
           [&](int64_t n, int64_t k0, int64_t k1, const Panel& panel) { weight.transposed(n, k0, k1, panel); },
@@ -257,7 +288,7 @@ void qlora_linear(DType dtype, int64_t M, const void* x, const Weight& w, const 
 
 void qlora_linear_backward(DType dtype, int64_t M, const void* dy, const void* x, const void* h, const Weight& w,
                            const Adapter& adapter, bool accumulate_dx, void* dx, void* dA, void* dB, float* dbias) {
-  static thread_local Scratch absmax_scratch, left_scratch, right_scratch, g_scratch, dA_scratch, dB_scratch;
+  Kept& memory = kept();
   const int64_t N = w.N, K = w.K, r = adapter.r;
   const Product product(dtype);
   const Dropout dropout(adapter, K);
@@ -266,12 +297,14 @@ void qlora_linear_backward(DType dtype, int64_t M, const void* dy, const void* x
   const bool need_g = r && (dx || dA);
   const float dropped_scale = adapter.scaling * (dropout.active() ? dropout.scale() : 1.0f);
 
-  float* absmax = dx && !w.absmax ? absmax_scratch.get<float>(w.n_blocks()) : nullptr;
-  uint32_t* right = need_g ? right_scratch.get<uint32_t>(groups * GROUP * steps) : nullptr;
-  void* g = need_g ? g_scratch.get<char>(M * r * itemsize(product.type)) : nullptr;
-  const Left left{product, source_dy, N, need_g ? r : 0, right, nullptr, {g, product.type}, 1.0f, dropped_scale};
-  const int64_t block = rows_per_block(M, left.depth());
-  uint32_t* packed = dx || need_g ? left_scratch.get<uint32_t>(block * left.depth()) : nullptr;
+  float* absmax = dx && !w.absmax ? memory.absmax.get<float>(w.n_blocks()) : nullptr;
+  uint32_t* right = need_g ? memory.right.get<uint32_t>(groups * GROUP * steps) : nullptr;
+  void* g = need_g ? memory.g.get<char>(M * r * itemsize(product.type)) : nullptr;
+  uint32_t* tail = need_g ? memory.tail.get<uint32_t>(M * product.steps(r)) : nullptr;
+  if (need_g && r % product.gemm.values) std::fill_n(tail, M * product.steps(r), 0u);
+  const Left left{product, source_dy, N, need_g ? r : 0, right, nullptr, {g, product.type}, 1.0f, dropped_scale, tail};
+  const int64_t block = rows_per_block(M, steps);
+  uint32_t* packed = (dx || need_g) && left.packs() ? memory.left.get<uint32_t>(block * steps) : nullptr;
   const WeightPanels weight(w, absmax ? absmax : w.absmax, product, dtype);
 
   const Outer outer_A(product, {{g, product.type}, r}, r, {{x, dtype}, K, dropout.active() ? &dropout : nullptr}, K, M,
@@ -279,8 +312,8 @@ void qlora_linear_backward(DType dtype, int64_t M, const void* dy, const void* x
   const Outer outer_B(product, {{h, dtype}, r}, dB ? r : 0, source_dy, N, M, adapter.scaling, {dB, adapter.B.dtype}, true,
                       dbias);
   const bool need_B = dB || dbias;
-  uint32_t* packed_g = dA ? dA_scratch.get<uint32_t>(outer_A.packed_dwords()) : nullptr;
-  uint32_t* packed_h = need_B ? dB_scratch.get<uint32_t>(outer_B.packed_dwords()) : nullptr;
+  uint32_t* packed_g = dA ? memory.packed_g.get<uint32_t>(outer_A.packed_dwords()) : nullptr;
+  uint32_t* packed_h = need_B ? memory.packed_h.get<uint32_t>(outer_B.packed_dwords()) : nullptr;
 
   with_team(threads_for(M, w), [&](Team& team) {
     static thread_local Scratch tile_scratch, strip_scratch, sum_scratch;
@@ -295,8 +328,10 @@ void qlora_linear_backward(DType dtype, int64_t M, const void* dy, const void* x
     team.sync();
     for (int64_t m0 = 0; m0 < M && (dx || need_g); m0 += block) {
       const Tiles tiles(std::min(block, M - m0));
-      team.share(tiles.count, [&](int64_t i) { left.pack(m0, tiles, i, packed, tile_scratch); });
-      team.sync();
+      if (left.packs() || left.r) {
+        team.share(tiles.count, [&](int64_t i) { left.prepare(m0, tiles, i, packed, tile_scratch); });
+        team.sync();
+      }
       if (!dx) continue;
       multiply(
           team, left, packed, m0, tiles, {K, nullptr, r && dropout.active() ? &dropout : nullptr},
@@ -309,8 +344,8 @@ void qlora_linear_backward(DType dtype, int64_t M, const void* dy, const void* x
       team.sync();
     }
     team.share(2, [&](int64_t i) {
-      if (i == 0 && dA) outer_A.pack(packed_g, strip_scratch);
-      if (i == 1 && need_B) outer_B.pack(packed_h, strip_scratch);
+      if (i == 0 && dA) outer_A.pack(packed_g);
+      if (i == 1 && need_B) outer_B.pack(packed_h);
     });
     team.sync();
     const int64_t strips_A = dA ? outer_A.strips() : 0, strips_B = need_B ? outer_B.strips() : 0;
