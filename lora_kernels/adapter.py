@@ -10,6 +10,8 @@ import json
 import os
 import re
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from . import processes
 from .model import fused_layers
 from .nn import AdapterConfig, FusedQLoRALinear
 
@@ -28,36 +31,93 @@ _PREFIX = "base_model.model."
 def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter: str = "default") -> None:
     """Writes an adapter of `model` as PEFT does; files appear under their names only when complete.
 
+    On a model that FSDP2 has sharded, every process must call it; the first one writes.
+
     Args:
         model: a model with `FusedQLoRALinear` layers.
         directory: created if need be; files of an older adapter in it are replaced.
         adapter: which adapter.
 
     Raises:
-        ValueError: no layer of `model` has that adapter, or an adapter weight holds NaN or infinity.
+        ValueError: no layer of `model` has that adapter, an adapter weight holds NaN or infinity, or DeepSpeed or FSDP1 holds
+            it in parts.
     """
     layers = {name: layer for name, layer in fused_layers(model).items() if adapter in layer.adapters}
     if not layers:
         known = sorted({a for layer in fused_layers(model).values() for a in layer.adapters})
         raise ValueError(f"adapter {adapter!r} is in no layer of the model; adapters: {', '.join(known) or 'none'}")
     tensors: dict[str, Tensor] = {}
+    sharded = False
     for name, layer in layers.items():
+        _check_whole(name, layer, adapter)
         for part, matrix in zip(("lora_A", "lora_B"), layer.lora_matrices(adapter), strict=True):
-            if not torch.isfinite(matrix).all():
+            whole = matrix
+            if _is_sharded(matrix):
+                sharded, whole = True, matrix.full_tensor()  # type: ignore[attr-defined]
+            if not torch.isfinite(whole).all():
                 raise ValueError(f"{name}.{part}.{adapter}.weight contains NaN or infinity: nothing was written")
-            tensors[f"{_PREFIX}{name}.{part}.weight"] = matrix.detach().cpu().contiguous().clone()
+            tensors[f"{_PREFIX}{name}.{part}.weight"] = whole.detach().cpu().contiguous().clone()
     config = _config(model, {name: layer.adapters[adapter] for name, layer in layers.items()})
-    directory = Path(directory)
+    if not sharded:
+        _write(Path(directory), tensors, config)
+        return
+    with processes.together():
+        if processes.rank() == 0:
+            _write(Path(directory), tensors, config)
+
+
+def _write(directory: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     weights_tmp, config_tmp = directory / f".{WEIGHTS}.tmp", directory / f".{CONFIG}.tmp"
     try:
-        save_file(tensors, weights_tmp, metadata={"format": "pt"})
+        with writing(directory):
+            save_file(tensors, weights_tmp, metadata={"format": "pt"})
         config_tmp.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         weights_tmp.replace(directory / WEIGHTS)
         config_tmp.replace(directory / CONFIG)
     finally:
         weights_tmp.unlink(missing_ok=True)
         config_tmp.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Makes an OSError that names `path` of what safetensors and torch raise when, say, the disk is full."""
+    try:
+        yield
+    except (SafetensorError, RuntimeError) as e:
+        if isinstance(e, SafetensorError) or "inline_container" in str(e):
+            raise OSError(f"{path} can't be written, is the disk full? ({e})") from e
+        raise
+
+
+def _is_sharded(tensor: Tensor) -> bool:
+    """Whether FSDP2 holds the tensor, as a DTensor: that class is slow to import."""
+    return hasattr(tensor, "device_mesh")
+
+
+def _shard_like(sharded: Any, whole: Tensor) -> Tensor:
+    """This process's part of a tensor that every process has read."""
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(whole.to(sharded.device), sharded.device_mesh, sharded.placements, src_data_rank=None)
+
+
+def _check_whole(name: str, layer: FusedQLoRALinear, adapter: str) -> None:
+    """Raises ValueError if this process has no way to the whole of the layer's matrices."""
+    r = layer.adapters[adapter].r
+    for part, matrix, shape in zip(
+        ("lora_A", "lora_B"), layer.lora_matrices(adapter), ((r, layer.in_features), (layer.out_features, r)), strict=True
+    ):
+        if tuple(matrix.shape) == shape:
+            continue
+        what = f"{name}.{part}.{adapter}.weight is {list(matrix.shape)} here and {list(shape)} as a whole"
+        if hasattr(matrix, "ds_id"):
+            raise ValueError(
+                f"{what}: DeepSpeed's ZeRO-3 holds it in parts. Call this inside deepspeed.zero.GatheredParameters(parameters),"
+                " or train with ZeRO-2 or FSDP2"
+            )
+        raise ValueError(f"{what}: for FSDP1, call this inside FullyShardedDataParallel.summon_full_params(model)")
 
 
 def _config(model: nn.Module, adapters: dict[str, AdapterConfig]) -> dict[str, Any]:
@@ -102,7 +162,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter: s
     Layers that have an adapter of that name get its weights; the others of the file get the adapter added.
 
     Args:
-        model: a model with `FusedQLoRALinear` layers (see `apply_qlora`).
+        model: a model with `FusedQLoRALinear` layers (see `apply_qlora`); one that FSDP2 has sharded must have the adapter.
         directory: holds adapter_config.json and adapter_model.safetensors.
         adapter: the name it gets in the model.
 
@@ -135,7 +195,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter: s
         layer.adapters[adapter] = adapter_config
         with torch.no_grad():
             for part, matrix in zip(("lora_A", "lora_B"), layer.lora_matrices(adapter), strict=True):
-                matrix.copy_(pairs[name][part])
+                matrix.copy_(_shard_like(matrix, pairs[name][part]) if _is_sharded(matrix) else pairs[name][part])
     for name, layer in layers.items():
         layer.set_adapter(adapter if name in plan else None)
 
@@ -166,7 +226,12 @@ def _plan(
     for part, shape in (("lora_A", (r, layer.in_features)), ("lora_B", (layer.out_features, r))):
         if tuple(pair[part].shape) != shape:
             raise ValueError(f"{file}: {name}.{part} must be {list(shape)} for rank {r}, got {list(pair[part].shape)}")
-    if adapter in layer.adapters and layer.adapters[adapter].r != r:
+    if adapter not in layer.adapters:
+        if _is_sharded(layer.weight):
+            raise ValueError(f"{name} is sharded and has no adapter {adapter!r}: give it one of rank {r} before fully_shard")
+        return wanted
+    _check_whole(name, layer, adapter)
+    if layer.adapters[adapter].r != r:
         raise ValueError(f"{name} has an adapter {adapter!r} of rank {layer.adapters[adapter].r}, the file one of rank {r}")
     return wanted
 

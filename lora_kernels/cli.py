@@ -31,6 +31,10 @@ except ModuleNotFoundError as e:
     sys.exit(_missing_extra(e))
 
 
+FIRST = os.environ.get("RANK", "0") == "0"
+"""Whether this is the first of the processes that torchrun or `accelerate launch` started, or the only one."""
+
+
 class _Commands(TyperGroup):
     """Turns what a user did wrong into one line on stderr and exit code 2, and Ctrl-C into exit code 130."""
 
@@ -45,11 +49,27 @@ class _Commands(TyperGroup):
             _fail(_missing_extra(e), 2)
         except (ValueError, OSError) as e:
             _fail(f"error: {e}", 2)
+        except RuntimeError as e:
+            from .processes import failed_elsewhere
+
+            if not failed_elsewhere(e):
+                raise
+            raise typer.Exit(2) from None
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    typer.echo(message, err=True)
+    """Ends the command.  Until several processes have joined, they all find the same and the first speaks for them."""
+    if FIRST:
+        typer.echo(message, err=True)
+    elif _joined():
+        typer.echo(f"process {os.environ['RANK']}: {message}", err=True)
     raise typer.Exit(code)
+
+
+def _joined() -> bool:
+    from .processes import world_size
+
+    return world_size() > 1
 
 
 app = typer.Typer(
@@ -86,7 +106,7 @@ def _quiet(model: str | Path | None = None) -> Console:
         os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     for name in ("accelerate", "torch", "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    return Console(highlight=False, soft_wrap=True)
+    return Console(highlight=False, soft_wrap=True, quiet=not FIRST)
 
 
 def _load(model: str, adapter: Path | None) -> tuple[Any, Any, str]:
@@ -122,7 +142,7 @@ def finetune(
     epochs: Annotated[float, Option(help="Passes over the data.")] = 1.0,
     max_steps: Annotated[int | None, Option(help="Optimizer steps, in place of --epochs.", show_default=False)] = None,
     max_minutes: Annotated[float | None, Option(help="Stop training after this time.", show_default=False)] = None,
-    batch_size: Annotated[int, Option(help="Records a step and device.")] = 4,
+    batch_size: Annotated[int, Option(help="Records a step and process.")] = 4,
     grad_accum: Annotated[int, Option(help="Batches added up for one optimizer step.")] = 1,
     max_length: Annotated[int, Option(help="Tokens a record; the rest is cut off.")] = 1024,
     eval_fraction: Annotated[float, Option(help="Part of the records held out.")] = 0.05,
@@ -134,6 +154,7 @@ def finetune(
     ] = False,
     dtype: Annotated[str, Option(help="Of activations: auto, bfloat16 or float32.")] = "auto",
     device: Annotated[str, Option(help="auto, cpu or cuda.")] = "auto",
+    strict: Annotated[bool, Option("--strict", help="Refuse to train if a 4-bit layer is not fused.")] = False,
 ) -> None:
     """Train LoRA adapters over MODEL, frozen in 4 bits.
 
@@ -156,7 +177,9 @@ def _stop_if_interrupted(result: Result, console: Console) -> None:
     if result.interrupted:
         command = [word for word in sys.argv[1:] if word not in ("--overwrite", "--resume")]
         console.print(f"interrupted; adapter, log.json and loss.png up to here are in {result.dir}; go on with")
-        console.print(f"  lora-kernels {shlex.join([*command, '--resume'])}", markup=False)
+        n = os.environ.get("WORLD_SIZE", "1")
+        program = "lora-kernels" if n == "1" else f"torchrun --nproc-per-node {n} -m lora_kernels.cli"
+        console.print(f"  {program} {shlex.join([*command, '--resume'])}", markup=False)
         raise typer.Exit(130)
 
 
@@ -275,11 +298,15 @@ def verify(
 
 @app.command()
 def doctor() -> None:
-    """Show versions and devices, which backend each device gets and why, and how to get a better one."""
+    """Show versions and devices, which backend each device gets and why, and how to get a better one.
+
+    Computes a small layer on each device, and exits 1 if the result is wrong.
+    """
     console = _quiet()
     from .doctor import report
 
-    report(console)
+    if not report(console):
+        raise typer.Exit(1)
 
 
 if __name__ == "__main__":

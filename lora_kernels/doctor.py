@@ -1,4 +1,4 @@
-"""What `lora-kernels doctor` shows: versions, devices, and for each device its backend and what bars a better one."""
+"""What `lora-kernels doctor` shows: versions, devices, and for each device its backend, what bars a better one, and a check."""
 
 from __future__ import annotations
 
@@ -13,21 +13,29 @@ from rich.console import Console
 from rich.table import Table
 
 from . import backends
+from .autograd import qlora_linear
+from .backends import native
+from .testing import Case, assert_close_to_oracle, make_inputs
 from .version import __version__
 
 PACKAGES = ("torch", "triton", "transformers", "peft", "trl", "accelerate", "datasets", "safetensors", "bitsandbytes")
 FEATURES = ("avx2", "avx512_f", "avx512_bf16", "avx512_vnni", "amx_bf16", "neon", "sve", "bf16")
 
 
-def report(console: Console) -> None:
-    """Prints the whole report."""
+def report(console: Console) -> bool:
+    """Prints the whole report.  Returns whether every device computes a layer as it should."""
     console.print(_rows({"lora_kernels": __version__, "python": platform.python_version(), **_versions(), **_devices()}))
     console.print()
     forced = backends.forced()
     if forced:
         console.print(f"LORA_KERNELS_BACKEND forces {forced!r} on every device")
+    healthy = True
     for device in _torch_devices():
-        console.print(_choice(device), soft_wrap=True, markup=False)
+        problem = _problem(device)
+        check = problem or "forward and backward of a QLoRA layer agree with float64"
+        console.print(f"{_choice(device)}\n  check: {check}", soft_wrap=True, markup=False)
+        healthy &= problem is None
+    return healthy
 
 
 def _rows(rows: dict[str, str]) -> Table:
@@ -62,8 +70,10 @@ def _devices() -> dict[str, str]:
         from . import _C
 
         rows["native level"] = f"{_C.cpu_level()} (LORA_KERNELS_CPU_ISA chooses another)"
+        archs = native.cuda_archs(_C)
+        rows["native CUDA"] = f"sm_{', sm_'.join(archs)}, nvcc {_C.build_info()['nvcc']}" if archs else "not built"
     except ImportError:
-        rows["native level"] = "not built"
+        rows["native level"] = rows["native CUDA"] = "not built"
     for i in range(torch.cuda.device_count()):
         p = torch.cuda.get_device_properties(i)
         rows[f"cuda:{i}"] = f"{p.name}, sm_{p.major}{p.minor}, {p.total_memory / 1e9:.0f} GB"
@@ -72,6 +82,23 @@ def _devices() -> dict[str, str]:
 
 def _torch_devices() -> list[torch.device]:
     return [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
+
+
+def _problem(device: torch.device) -> str | None:
+    """Computes a small layer on `device` and says what is wrong with the result."""
+    try:
+        for dtype in (torch.float32, torch.bfloat16):
+            inputs = make_inputs(Case(48, 96, 192, dtype=dtype, bias=True), device=device)
+            given = {"dx": inputs.x, "dA": inputs.lora_A, "dB": inputs.lora_B, "dbias": inputs.bias}
+            leaves = {name: t.detach().requires_grad_() for name, t in given.items() if t is not None}
+            x, A, B, bias = leaves.values()
+            y = qlora_linear(x, inputs.qw, A, B, inputs.case.scaling, bias)
+            y.backward(inputs.dy)
+            grads = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+            assert_close_to_oracle({"y": y.detach(), **grads}, inputs)
+    except Exception as e:
+        return f"FAILED: {type(e).__name__}: {e}"
+    return None
 
 
 def _choice(device: torch.device) -> str:

@@ -26,12 +26,13 @@ from rich.console import Console
 from torch import nn
 from transformers import TrainingArguments
 
-from . import backends
+from . import backends, processes
 from .adapter import CONFIG, WEIGHTS, load_adapter, save_adapter
 from .data import Collator, Example, Record, encode, read_records, split
 from .formats import check_blocksize, check_quant_type, dtype_name
 from .integrations.transformers import add_adapters, load_model
-from .model import apply_qlora, fused_layers, group_projections
+from .loss import causal_lm_loss
+from .model import Report, apply_qlora, fused_layers, group_projections, verify
 from .nn import AdapterConfig
 from .trainer import Monitor, QLoRATrainer
 from .version import __version__
@@ -55,12 +56,14 @@ class Settings:
         lr: peak learning rate; it rises over the first 5 % of the run and falls to 0 along a half cosine.
         max_steps: optimizer steps; None for `epochs`.
         max_minutes: training stops after this time, with the learning rate at its end by then; None for no limit.
+        batch_size: records a step and process.
         max_length: tokens a record; the rest of a longer one is cut off.
         eval_fraction: part of the records that is held out.
         evals: times that the held-out loss is measured during training, besides before and after.
         save_steps: steps between checkpoints.
         dtype: of activations and unquantized weights; "auto" is bfloat16 where the device computes in it, else float32.
         device: "auto", "cpu" or "cuda".
+        strict: refuse to train if a layer that is in 4 bits does not run in fused kernels.
     """
 
     model: str
@@ -88,6 +91,7 @@ class Settings:
     gradient_checkpointing: bool = False
     dtype: str = "auto"
     device: str = "auto"
+    strict: bool = False
 
     def __post_init__(self) -> None:
         AdapterConfig(self.r, self.lora_alpha, self.lora_dropout, self.use_rslora)
@@ -125,7 +129,8 @@ class Settings:
 
     def steps(self, n_train: int) -> int:
         """Optimizer steps of the run on `n_train` examples."""
-        per_epoch = math.ceil(math.ceil(n_train / self.batch_size) / self.grad_accum)
+        batches = math.ceil(n_train / (self.batch_size * processes.world_size()))
+        per_epoch = math.ceil(batches / self.grad_accum)
         return self.max_steps or math.ceil(per_epoch * self.epochs)
 
 
@@ -143,18 +148,21 @@ def pick_dtype(device: torch.device) -> torch.dtype:
 
 # ---- the run's folder
 
-_MAY_CHANGE = ("out", "epochs", "max_steps", "max_minutes", "evals", "save_steps", "device")
+_MAY_CHANGE = ("out", "epochs", "max_steps", "max_minutes", "evals", "save_steps", "device", "strict")
 """Settings that a resumed run may change."""
 
 
 class Run:
-    """The folder of a run: `log`, which `save` writes with the adapter and the curve, and the `checkpoint` to resume from."""
+    """The folder of a run: `log`, which `save` writes with the adapter and the curve, and the `checkpoint` to resume from.
+
+    Of several processes the first alone writes.
+    """
 
     def __init__(self, settings: Settings, resume: bool, overwrite: bool) -> None:
         """Looks at the folder and changes nothing.  Raises ValueError if the run can't start or go on there."""
         self.dir = Path(settings.out)
         digest = hashlib.sha256(Path(settings.data).read_bytes()).hexdigest()
-        self.settings = json.loads(json.dumps(asdict(settings))) | {"data_sha256": digest}
+        self.settings = json.loads(json.dumps(asdict(settings))) | {"data_sha256": digest, "processes": processes.world_size()}
         self.log: dict[str, Any] = {"history": [], "held_out": [], "train_seconds": 0.0, "tokens": 0}
         self.checkpoint: Path | None = None
         if resume and overwrite:
@@ -174,7 +182,7 @@ class Run:
             raise ValueError(f"--resume: {self.dir} holds no run ({LOG} is missing)")
         try:
             log = json.loads((self.dir / LOG).read_text())
-            before = log["settings"]
+            before = {"processes": 1} | log["settings"]
             self.log = {key: log[key] for key in self.log}
         except (ValueError, KeyError, TypeError) as e:
             raise ValueError(f"--resume: {self.dir / LOG} is damaged: {e!r}") from None
@@ -192,9 +200,12 @@ class Run:
         """The step that the run resumes at, or 0."""
         return _step_of(self.checkpoint) if self.checkpoint else 0
 
+    @processes.first_only
     def start(self, facts: dict[str, Any]) -> None:
         """Makes the folder, clears away what an older run left there, and writes the first log."""
         (self.dir / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+        for unfinished in (self.dir / CHECKPOINTS).glob(".checkpoint-*.tmp"):
+            shutil.rmtree(unfinished)
         if self.checkpoint is None:
             shutil.rmtree(self.dir / CHECKPOINTS)
             (self.dir / CHECKPOINTS).mkdir()
@@ -203,11 +214,13 @@ class Run:
         self.log |= {"status": "running", "settings": self.settings, **facts}
         self.write()
 
+    @processes.first_only
     def write(self) -> None:
         tmp = self.dir / f".{LOG}.tmp"
         tmp.write_text(json.dumps(self.log, indent=1) + "\n")
         tmp.replace(self.dir / LOG)
 
+    @processes.first_only
     def save(self, model: nn.Module) -> None:
         """Writes adapter, log and curve as they are now."""
         save_adapter(model, self.dir)
@@ -284,6 +297,7 @@ class Result:
 Hook = Callable[[Any, Any, list[Record]], None]
 
 
+@processes.joined()
 def finetune(
     settings: Settings,
     resume: bool = False,
@@ -294,41 +308,54 @@ def finetune(
 ) -> Result:
     """Fine-tunes adapters; everything is checked before anything is written.
 
+    Under torchrun or `accelerate launch` each process holds the whole model and trains on its share of each batch (DDP); the
+    first one talks and writes.  A mistake that one process finds ends them all.
+
     Args:
         resume: go on with the run in `settings.out`.
         overwrite: replace the run in `settings.out`.
         console: where progress goes; None for stdout.
         before, after: called with model, tokenizer and held-out records when the adapters are in place, and
-            when they are trained.
+            when they are trained; in the first process.
 
     Raises:
         ValueError: bad data, settings, model or folder; nothing was written.
+        processes.AnotherProcessError: another process raised one of these.
         KeyboardInterrupt: Ctrl-C before training began, or a second one while it ends.
     """
-    console = console or Console()
-    records = read_records(settings.data)
-    run = Run(settings, resume, overwrite)
-    with console.status(f"loading {settings.model}"):
-        model, tokenizer = load_model(settings.model, settings.torch_dtype)
-        encoded = encode(records, tokenizer, settings.max_length)
-    usable = [(record, example) for record, example in zip(records, encoded, strict=True) if example is not None]
-    if not usable:
-        raise ValueError(f"--max-length {settings.max_length} leaves no record with an answer to learn from")
-    train, held_out = split(usable, settings.eval_fraction, settings.seed)
-    if run.step >= settings.steps(len(train)):
-        raise ValueError(f"--resume: the run has done its {run.step} steps; more need a higher --epochs or --max-steps")
-    with console.status("quantizing"):
-        _quantize(model, settings)
+    first = processes.rank() == 0
+    console = (console or Console()) if first else Console(quiet=True)
+    with processes.together():
+        records = read_records(settings.data)
+        run = Run(settings, resume, overwrite)
+        with console.status(f"loading {settings.model}"):
+            model, tokenizer = load_model(settings.model, settings.torch_dtype)
+            encoded = encode(records, tokenizer, settings.max_length)
+        usable = [(record, example) for record, example in zip(records, encoded, strict=True) if example is not None]
+        if not usable:
+            raise ValueError(f"--max-length {settings.max_length} leaves no record with an answer to learn from")
+        train, held_out = split(usable, settings.eval_fraction, settings.seed)
+        if run.step >= settings.steps(len(train)):
+            raise ValueError(f"--resume: the run has done its {run.step} steps; more need a higher --epochs or --max-steps")
+        with console.status("quantizing"):
+            _quantize(model, settings)
+            model.to(settings.torch_device)
+        report = verify(model)
+        if settings.strict and len(fused_layers(model)) > len(report.fused):
+            raise ValueError(f"--strict: {_not_fused(report)}")
+        facts = _facts(model, report, settings) | {"train_records": len(train), "held_out_records": len(held_out)}
+        facts["left_out_records"] = len(records) - len(usable)
 
-    facts = _facts(model, settings) | {"train_records": len(train), "held_out_records": len(held_out)}
-    facts["left_out_records"] = len(records) - len(usable)
-    console.print(_headline(facts))
-    if before is not None:
-        before(model.to(settings.torch_device), tokenizer, [record for record, _ in held_out])
-    run.start(facts)
+    console.print(_headline(facts, report), markup=False)
+    if before is not None and first:
+        before(model, tokenizer, [record for record, _ in held_out])
+    with processes.together():
+        run.start(facts)
     evals = settings.evals if held_out else 0
-    if settings.torch_device.type == "cpu" and max(len(e["input_ids"]) for _, e in train) <= SHORT:
-        model.set_attn_implementation("eager")
+    if settings.torch_device.type == "cpu":
+        model.loss_function = causal_lm_loss
+        if max(len(e["input_ids"]) for _, e in train) <= SHORT:
+            model.set_attn_implementation("eager")
     monitor = Monitor(run.log, run.write, console, settings.max_minutes, evals, settings.save_steps)
     trainer = _trainer(settings, model, tokenizer, [e for _, e in train], [e for _, e in held_out], monitor)
     if held_out and run.checkpoint is None:
@@ -342,7 +369,7 @@ def finetune(
         if held_out:
             trainer.evaluate()
             run.save(model)
-        if after is not None:
+        if after is not None and first:
             after(model, tokenizer, [record for record, _ in held_out])
     return Result(run.dir, run.log, monitor.interrupted)
 
@@ -352,7 +379,8 @@ def _quantize(model: nn.Module, settings: Settings) -> None:
     targets = "all-linear" if settings.target_modules == ("all-linear",) else settings.target_modules
     quant = {"quant_type": settings.quant_type, "blocksize": settings.blocksize, "double_quant": settings.double_quant}
     add_adapters(model, settings.adapter, targets, **quant)
-    group_projections(model)
+    if settings.torch_device.type != "cpu":  # where the layers of a group are computed one by one, and cost 4 % more
+        group_projections(model)
 
 
 def _trainer(
@@ -367,7 +395,7 @@ def _trainer(
         num_train_epochs=settings.epochs,
         max_steps=settings.max_steps or -1,
         seed=settings.seed,
-        gradient_checkpointing=settings.gradient_checkpointing,
+        activation_checkpointing=settings.gradient_checkpointing,
         use_cpu=settings.torch_device.type == "cpu",
         logging_steps=1,
         save_strategy="no",  # the monitor says when
@@ -377,6 +405,8 @@ def _trainer(
         disable_tqdm=True,
         report_to="none",
         dataloader_pin_memory=False,
+        ddp_broadcast_buffers=False,
+        ddp_find_unused_parameters=False,
     )
     args._n_gpu = min(args.n_gpu, 1)  # one process, one GPU: no DataParallel
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
@@ -385,7 +415,7 @@ def _trainer(
     return QLoRATrainer(monitor, model=model, args=args, data_collator=collator, train_dataset=train, eval_dataset=held_out)
 
 
-def _facts(model: nn.Module, settings: Settings) -> dict[str, Any]:
+def _facts(model: nn.Module, report: Report, settings: Settings) -> dict[str, Any]:
     """What a log says of the machine and the model."""
     weights = [layer.quantized_weight for layer in fused_layers(model).values()]
     rest = sum(p.numel() for n, p in model.named_parameters() if not p.requires_grad) - sum(w.packed.numel() for w in weights)
@@ -398,7 +428,9 @@ def _facts(model: nn.Module, settings: Settings) -> dict[str, Any]:
         "device": str(settings.torch_device),
         "dtype": dtype_name(settings.torch_dtype),
         "backend": backends.pick(settings.torch_device).__name__.rpartition(".")[2],
+        "processes": processes.world_size(),
         "linear_layers": len(weights),
+        "fused_layers": len(report.fused),
         "parameters": linear + rest,
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "linear_bytes": packed,
@@ -408,14 +440,29 @@ def _facts(model: nn.Module, settings: Settings) -> dict[str, Any]:
     }
 
 
-def _headline(facts: dict[str, Any]) -> str:
+def _headline(facts: dict[str, Any], report: Report) -> str:
     trained = f"{facts['trainable_parameters'] / 1e6:.3g} M of {facts['parameters'] / 1e6:.3g} M parameters"
     size = f"{facts['linear_layers']} linear layers in {facts['linear_bytes'] / 1e6:.3g} MB"
     size += f" ({facts['linear_bytes_16bit'] / 1e6:.3g} in 16 bits)"
     where = f"{facts['device']}, {facts['dtype']}, backend {facts['backend']}"
+    where += f", {facts['processes']} processes" if facts["processes"] > 1 else ""
+    fused = f"{len(report.fused)} of {len(report.rows)} linear layers fused" + (
+        f"; {_not_fused(report)}" * bool(report.not_fused)
+    )
     records = f"{facts['train_records']} records to train on, {facts['held_out_records']} held out"
     left_out = f", {facts['left_out_records']} left out: no answer within --max-length" if facts["left_out_records"] else ""
-    return f"{size}; training {trained} on {where}\n{records}{left_out}"
+    return f"{size}; training {trained} on {where}\n{fused}\n{records}{left_out}"
+
+
+def _not_fused(report: Report) -> str:
+    """Which layers are not fused, by reason."""
+    reasons: dict[str, list[str]] = {}
+    for row in report.not_fused:
+        reasons.setdefault(row.reason, []).append(row.name)
+    listed = []
+    for reason, names in reasons.items():
+        listed.append(f"{', '.join(names[:2])}{f' and {len(names) - 2} more' if len(names) > 2 else ''} ({reason})")
+    return f"not fused: {'; '.join(listed)}"
 
 
 def _quant_of(log: Path, keys: tuple[str, ...]) -> dict[str, Any]:
@@ -457,11 +504,12 @@ def load_with_adapter(model: str, adapter: Path | None, dtype: torch.dtype) -> t
 
 
 def peak_memory() -> dict[str, int]:
-    """Highest memory of this process so far in bytes, and of the GPU where there is one."""
+    """Highest memory so far in bytes, and of the GPU where there is one: that of the process that took most."""
     if sys.platform == "win32":
         peak = psutil.Process().memory_info().peak_wset
     else:
         import resource
 
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return {"cpu": peak} | ({"cuda": torch.cuda.max_memory_allocated()} if torch.cuda.is_available() else {})
+    here = {"cpu": peak} | ({"cuda": torch.cuda.max_memory_allocated()} if torch.cuda.is_available() else {})
+    return {where: max(peaks[where] for peaks in processes.gather(here)) for where in here}

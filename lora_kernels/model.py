@@ -343,7 +343,9 @@ def _fused_row(name: str, layer: nn.Module) -> Row:
         backend = backends.pick(weight.device).__name__.rpartition(".")[2]
     except RuntimeError as e:
         return Row(name, kind, False, None, adapter, str(e), *format)
-    if backend == "reference":
+    if hasattr(weight.packed, "ds_id"):
+        problem = "DeepSpeed's ZeRO-3 holds the weight in parts, which 4-bit layers can't be computed from: use ZeRO-2 or FSDP2"
+    elif backend == "reference":
         better = [f"{n}: {why}" for n, why in backends.choices(weight.device) if why]
         problem = "plain torch is forced" if backends.forced() else f"plain torch, because {'; '.join(better)}"
     return Row(name, kind, problem is None, backend, adapter, problem or why, *format)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import shutil
 import signal
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,7 +18,9 @@ from rich.progress import BarColumn, Progress, TextColumn
 from transformers import PrinterCallback, Trainer, TrainerCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from .adapter import load_adapter, save_adapter
+from . import processes
+from .adapter import load_adapter, save_adapter, writing
+from .data import IGNORED
 
 
 def lr_factor(progress: float) -> float:
@@ -32,7 +33,7 @@ class Monitor(TrainerCallback):
 
     Attributes:
         log: `history`, `held_out`, `train_seconds` and `tokens` of the whole run, which it adds to.
-        interrupted: whether Ctrl-C was pressed.
+        interrupted: whether Ctrl-C was pressed, in any process.
     """
 
     def __init__(
@@ -56,17 +57,16 @@ class Monitor(TrainerCallback):
         self.limit = minutes * 60 if minutes else math.inf
         self.evals, self.save_steps = evals, save_steps
         self.interrupted = False
+        self._signalled = False
         self._evals_done = self._tokens_seen = 0
-        self._start = self._seconds_before = 0.0
-        self._began = math.inf
-        self._step_began = self._last_line = 0.0
+        self._start = self._seconds = self._seconds_before = 0.0
+        self._began = self._step_began = self._last_line = 0.0
         self._lines = 0
         self._bar: Progress | None = None
 
     def progress(self, step: int, total: int) -> float:
         """How much of the run is done, in [0, 1]: of its steps or of its time, whichever is more."""
-        seconds = self._seconds_before + max(0.0, time.monotonic() - self._began)
-        return min(1.0, max(step / total, seconds / self.limit))
+        return min(1.0, max(step / total, self._seconds / self.limit))
 
     @property
     def tokens_per_second(self) -> float:
@@ -78,9 +78,9 @@ class Monitor(TrainerCallback):
         """Shows the bar, and turns Ctrl-C into a stop after the step; a second Ctrl-C raises KeyboardInterrupt."""
 
         def stop(*_: Any) -> None:
-            if self.interrupted:
+            if self._signalled:
                 raise KeyboardInterrupt
-            self.interrupted = True
+            self._signalled = True
             self.console.print("\nstopping after this step (Ctrl-C again: at once, without saving)")
 
         previous = signal.signal(signal.SIGINT, stop)
@@ -98,12 +98,19 @@ class Monitor(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._began = self._last_line = time.monotonic()
-        self._seconds_before, self._tokens_seen = self.log["train_seconds"], state.num_input_tokens_seen
+        self._seconds = self._seconds_before = self.log["train_seconds"]
+        self._tokens_seen = state.num_input_tokens_seen
         self._start = self.progress(state.global_step, state.max_steps)
         self._evals_done = int(self._start * (self.evals + 1))
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._step_began = time.monotonic()
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Sets clock and interruption to the same on all processes, so that their schedules and decisions are the same."""
+        now = self._seconds_before + time.monotonic() - self._began
+        clocks, signals = zip(*processes.gather((now, self._signalled)), strict=True)
+        self._seconds, self.interrupted = max(clocks), any(signals)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.log["train_seconds"] += time.monotonic() - self._step_began
@@ -172,6 +179,8 @@ class QLoRATrainer(Trainer):
     appears under its name when complete.
     """
 
+    control: Any
+
     def __init__(self, monitor: Monitor, **kwargs: Any) -> None:
         self.monitor = monitor
         super().__init__(**kwargs, callbacks=[monitor])
@@ -191,25 +200,47 @@ class QLoRATrainer(Trainer):
         return self.lr_scheduler
 
     def _get_train_sampler(self, train_dataset: Any = None) -> _Sampler:
-        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         return _Sampler(self.args.seed, batch, self.train_dataset)
 
+    @torch.no_grad()
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """The loss of a token of the held-out records on average, over whatever batches and processes they are spread."""
+        model, mine = self.model.eval(), self.eval_dataset[processes.rank() :: processes.world_size()]
+        loss, tokens = 0.0, 0
+        for i in range(0, len(mine), self.args.eval_batch_size):
+            batch = self._prepare_inputs(self.data_collator(mine[i : i + self.args.eval_batch_size]))
+            n = int((batch["labels"][:, 1:] != IGNORED).sum())
+            loss, tokens = loss + n * model(**batch).loss.item(), tokens + n
+        losses, counts = zip(*processes.gather((loss, tokens)), strict=True)
+        metrics = {"eval_loss": sum(losses) / sum(counts)}
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        save_adapter(self.model, output_dir or self.args.output_dir)
+        if self.args.should_save:
+            save_adapter(self.model, output_dir or self.args.output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         load_adapter(self.model, resume_from_checkpoint)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
-        with tempfile.TemporaryDirectory(dir=folder) as tmp:
-            self.args.output_dir = tmp
-            try:
+        tmp = folder / f".{name}.tmp"  # the same for all processes: each leaves its random state there
+        with processes.together():
+            tmp.mkdir(exist_ok=True)
+        try:
+            self.args.output_dir = str(tmp)
+            with writing(folder / name):
                 super()._save_checkpoint(model, trial)
-            finally:
-                self.args.output_dir = str(folder)
-            shutil.rmtree(folder / name, ignore_errors=True)
-            (Path(tmp) / name).rename(folder / name)
-        for old in folder.glob("checkpoint-*"):
-            if old.name != name:
-                shutil.rmtree(old)
+        except BaseException:
+            shutil.rmtree(tmp, ignore_errors=True)
+            raise
+        finally:
+            self.args.output_dir = str(folder)
+        with processes.together():
+            if self.args.should_save:
+                shutil.rmtree(folder / name, ignore_errors=True)
+                (tmp / name).rename(folder / name)
+                for old in {*folder.glob("checkpoint-*"), tmp} - {folder / name}:
+                    shutil.rmtree(old)

@@ -279,6 +279,23 @@ def test_interrupted_save_keeps_the_old_files(saved, tmp_path, monkeypatch):
     assert snapshot(directory) == before
 
 
+@pytest.mark.parametrize("zero3", [True, False])
+def test_matrices_in_parts(saved, tmp_path, zero3):
+    """As DeepSpeed's ZeRO-3 and FSDP1 leave them outside of their gathering contexts."""
+    model = qlora_llama()
+    matrix = list(fused_layers(model).values())[2].lora_B["default"].weight
+    matrix.data = matrix.data.new_empty(0)
+    if zero3:
+        matrix.ds_id = 7
+    words = rf"v_proj.lora_B.default.weight is \[0\] here and \[32, 4\].*{'ZeRO-3.*FSDP2' if zero3 else 'summon_full_params'}"
+    before = model_bytes(model)
+    for call in (lambda: lk.save_adapter(model, tmp_path / "a"), lambda: lk.load_adapter(model, saved)):
+        with pytest.raises(ValueError, match=words):
+            call()
+    assert not (tmp_path / "a").exists()
+    assert_same_state(model_bytes(model), before)
+
+
 def test_directory_is_a_file(tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(OSError, match="file"):

@@ -63,6 +63,17 @@ def test_doctor():
     assert done.exit_code == 0
     assert torch.__version__ in done.output
     assert re.search(r"cpu: (native|reference)", done.output)
+    assert "check: forward and backward of a QLoRA layer agree with float64" in done.output
+
+
+def test_doctor_finds_a_wrong_result(monkeypatch):
+    from lora_kernels import doctor
+
+    right = doctor.qlora_linear
+    monkeypatch.setattr(doctor, "qlora_linear", lambda *a: right(*a) * 1.01)
+    done = cli("doctor")
+    assert done.exit_code == 1
+    assert "check: FAILED: AssertionError: y: relative_error" in done.output
 
 
 def test_doctor_says_how_to_get_the_better_backend():
@@ -271,6 +282,32 @@ def test_missing_extra(tmp_path):
         assert done.returncode != 0
         assert "pip install 'lora_kernels[cli]'" in done.stderr
         assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("fails", ["save_adapter", "torch.save", "merge"])
+def test_full_disk(fails, folder, tmp_path, monkeypatch):
+    """One line; nothing half-written, and what was there before is whole."""
+    from safetensors import SafetensorError
+
+    def full(*_, **__):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    def full_for_torch(*_, **__):
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 75968 vs 75860")
+
+    run = shutil.copytree(folder / "run", tmp_path / "run")
+    before = snapshot(run / "checkpoints")
+    if fails == "merge":
+        monkeypatch.setattr("transformers.modeling_utils.safe_save_file", full)
+        words = ["merge", folder / "model", "--adapter", run, "--out", tmp_path / "merged"]
+    else:
+        where, error = ("lora_kernels.adapter.save_file", full) if fails == "save_adapter" else ("torch.save", full_for_torch)
+        monkeypatch.setattr(where, error)
+        words = ["finetune", folder / "model", "--data", folder / "data.jsonl", "--out", run, "--lr", 0.02]
+        words += ["--max-steps", 9, "--resume"]
+    assert "can't be written, is the disk full?" in line_of_error(cli(*words))
+    assert snapshot(run / "checkpoints") == before
+    assert {p.name for p in tmp_path.iterdir()} == {"run"}
 
 
 def test_ctrl_c(folder, tmp_path):

@@ -8,12 +8,14 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from conftest import tiny_llama
+from tiny_folder import chats, make_folder, write_jsonl
 from torch import nn
 
 import lora_kernels as lk
@@ -72,6 +74,33 @@ def scales(model):
     return [t for qw in weights for t in (qw.absmax, qw.absmax2, qw.code2, qw.offset)]
 
 
+def adapters_of_a_sharded_model(out, rank):
+    """`save_adapter` and `load_adapter`; rank 1 and odd sizes leave a process with less than the other, or nothing."""
+    from torch.distributed.fsdp import fully_shard
+
+    one = lk.apply_qlora(tiny_llama(), r=1, lora_alpha=2)
+    for layer in lk.model.fused_layers(one).values():
+        nn.init.normal_(layer.lora_B["default"].weight, std=0.05)
+    want = one(IDS).logits
+    if rank == 0:
+        lk.save_adapter(one, f"{out}.one")
+    dist.barrier()
+    model = lk.apply_qlora(tiny_llama(), r=1, lora_alpha=2)
+    for layer in model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    lk.load_adapter(model, f"{out}.one")
+    lk.save_adapter(model, f"{out}.two")
+    files = [Path(f"{out}.{name}", "adapter_model.safetensors").read_bytes() for name in ("one", "two")]
+    got = {"adapter file": files[0] == files[1], "adapter logits": torch.equal(model(IDS).logits, want), "adapter errors": []}
+    for call in (lambda: lk.load_adapter(model, f"{out}.one", "other"), lambda: lk.save_adapter(model, "/dev/null/x")):
+        try:
+            call()
+        except Exception as e:
+            got["adapter errors"].append(f"{type(e).__name__}: {e}")
+    return got
+
+
 def program(out):
     """What each process does."""
     from accelerate import Accelerator
@@ -79,13 +108,21 @@ def program(out):
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
     from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy
 
+    from lora_kernels import processes
     from lora_kernels.integrations.distributed import load_full_state_dict, packed_bytes
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     rank, accelerator = dist.get_rank(), Accelerator(cpu=True)
     mine = IDS[2 * rank : 2 * rank + 2]
-    seen = {}
+    seen = {"together": []}
+    for failing in (None, 0, 1):
+        try:
+            with processes.together():
+                if rank == failing:
+                    raise ValueError("bad file")
+        except Exception as e:
+            seen["together"].append(f"{type(e).__name__}: {e}")
     for kind in KINDS:
         seen[kind] = got = {}
         one = build(kind)
@@ -116,6 +153,9 @@ def program(out):
         a, b = (steps(m, mine, n=1) for m in (model, again))
         got["dcp"] = a == b
 
+        if kind == "own":
+            got |= adapters_of_a_sharded_model(f"{out}.adapter", rank)
+
         if kind == "own":  # made on the meta device, filled by process 0
             empty = shard(copy.deepcopy(build(kind)).to("meta")).to_empty(device="cpu")
             with torch.no_grad():
@@ -142,16 +182,21 @@ if __name__ == "__main__":
     sys.exit()
 
 
+def torchrun(*program):
+    """Two processes; what they printed, and how torchrun ended."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-endpoint", "localhost:0"]
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    command += ["--rdzv-backend", "c10d", *map(str, program)]
+    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
+
+
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory):
     pytest.importorskip("peft")
     pytest.importorskip("bitsandbytes")
     out = tmp_path_factory.mktemp("ranks") / "seen"
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-endpoint", "localhost:0"]
-    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    command = [*torchrun, "--rdzv-backend", "c10d", __file__, str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
+    done = torchrun(__file__, out)
     assert done.returncode == 0, done.stderr[-4000:]
     ranks = [json.loads(Path(f"{out}.{i}").read_text()) for i in range(2)]
     for kind in KINDS:
@@ -187,6 +232,16 @@ def test_state_dicts_are_whole(seen, kind):
     assert all(rank[kind]["dcp"] for rank in seen)
 
 
+def test_adapters_of_a_sharded_model(seen):
+    for rank in seen:
+        assert rank["own"]["adapter file"]
+        assert rank["own"]["adapter logits"]
+    missing, unwritable = seen[0]["own"]["adapter errors"]
+    assert "down_proj is sharded and has no adapter 'other': give it one of rank 1 before fully_shard" in missing
+    assert unwritable.startswith("NotADirectoryError")
+    assert seen[1]["own"]["adapter errors"] == [missing, "AnotherProcessError: process 0 failed"]
+
+
 def test_a_model_from_the_meta_device(seen):
     assert seen[0]["own"]["meta"] == pytest.approx(seen[0]["own"]["one"], rel=1e-5)
 
@@ -196,8 +251,80 @@ def test_fsdp1_needs_quant_storage(seen):
     assert "uniform dtype" in seen[0]["fsdp1 uint8"]
 
 
+def test_processes_fail_together(seen):
+    """The one that failed raises its error, the other one says which failed; a block that passes everywhere passes."""
+    assert seen[0]["together"] == ["ValueError: bad file", "AnotherProcessError: process 1 failed"]
+    assert seen[1]["together"] == ["AnotherProcessError: process 0 failed", "ValueError: bad file"]
+
+
 def test_one_process_can_not_be_loaded_as_several():
     from lora_kernels.integrations.distributed import load_full_state_dict
 
     with pytest.raises(RuntimeError, match="torchrun"):
         load_full_state_dict(nn.Linear(2, 2), {})
+
+
+# ---- lora-kernels finetune under torchrun
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    pytest.importorskip("typer")
+    path = tmp_path_factory.mktemp("finetune")
+    make_folder(path / "model")
+    write_jsonl(path / "data.jsonl", chats(30))
+    return path
+
+
+def test_finetune_is_that_of_one_process(folder):
+    """The same files, and the losses and the adapter of one process with the same global batch."""
+    from rich.console import Console
+    from safetensors.torch import load_file
+
+    from lora_kernels.finetune import Settings, finetune
+
+    options = {"lr": 1e-2, "max_steps": 7, "eval_fraction": 0.2, "evals": 1, "dtype": "float32", "grad_accum": 2}
+    words = [f"--{k.replace('_', '-')}={v}" for k, v in options.items()]
+    several = ["-m", "lora_kernels.cli", "finetune", folder / "model", "--data", folder / "data.jsonl", "--out", folder / "two"]
+    done = torchrun(*several, *words, "--batch-size=1")
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.count("2 processes") == done.stdout.count("log.json and loss.png are in") == 1
+    settings = Settings(str(folder / "model"), str(folder / "data.jsonl"), str(folder / "one"), batch_size=2, **options)
+    one = finetune(settings, console=Console(quiet=True)).log
+    two = json.loads((folder / "two" / "log.json").read_text())
+    assert two["processes"] == 2
+    for rows in ("history", "held_out"):
+        assert [r["step"] for r in two[rows]] == [r["step"] for r in one[rows]]
+        assert [r["loss"] for r in two[rows]] == pytest.approx([r["loss"] for r in one[rows]], rel=1e-5)
+    assert two["tokens"] == one["tokens"]
+    a, b = (load_file(folder / d / "adapter_model.safetensors") for d in ("one", "two"))
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(b[name], a[name], rtol=1e-3, atol=1e-4)
+    files = [{p.name for p in (folder / d).rglob("*") if "rng_state" not in p.name} for d in ("one", "two")]
+    assert files[0] == files[1]
+    again = replace(settings, out=str(folder / "two"), batch_size=1, max_steps=9)
+    with pytest.raises(ValueError, match="processes is 1 now and was 2"):
+        finetune(again, resume=True, console=Console(quiet=True))
+
+
+@pytest.mark.parametrize(
+    ("failed", "said"), [(None, ""), ([True, True], ""), ([False, True], "process 1: error: ")], ids=["early", "both", "alone"]
+)
+def test_the_second_process_speaks_when_it_alone_fails(folder, failed, said, monkeypatch):
+    from typer.testing import CliRunner
+
+    from lora_kernels import cli, processes
+
+    bad = write_jsonl(folder / "bad.jsonl", [{"what": "is this"}])
+    words = ["finetune", folder / "model", "--data", bad, "--out", folder / "refused"]
+    monkeypatch.setattr(cli, "FIRST", False)
+    monkeypatch.setenv("RANK", "1")
+    if failed:
+        monkeypatch.setattr(processes, "rank", lambda: 1)
+        monkeypatch.setattr(processes, "world_size", lambda: 2)
+        monkeypatch.setattr(processes, "gather", lambda value: failed)
+    done = CliRunner().invoke(cli.app, list(map(str, words)))
+    assert done.exit_code == 2
+    assert done.stderr.startswith(said) and bool(done.stderr) == bool(said)
+    assert not (folder / "refused").exists()

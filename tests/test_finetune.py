@@ -160,6 +160,25 @@ def test_nothing_held_out(settings):
     assert result.log["held_out"] == []
 
 
+def test_held_out_loss_is_that_of_a_token(settings, tmp_path):
+    """Of whatever batches: the mean over batches would depend on how records are put together."""
+    a = run(replace(settings, max_steps=1, dtype="float32"))
+    b = run(replace(settings, max_steps=1, dtype="float32", batch_size=3, out=str(tmp_path / "b")))
+    assert a.before == pytest.approx(b.before, rel=1e-6)
+
+
+def test_strict(settings):
+    """A run says which layers are fused; --strict wants them all."""
+    out = io.StringIO()
+    with lk.use_backend("reference"):
+        with pytest.raises(ValueError, match=r"--strict: not fused: .*q_proj, .*k_proj and 12 more \(plain torch is forced\)"):
+            run(replace(settings, strict=True))
+        assert not run_folder(settings).exists()
+        log = finetune(replace(settings, max_steps=1), console=Console(file=out, width=1000)).log
+    assert log["fused_layers"] == 0
+    assert "0 of 15 linear layers fused; not fused: " in out.getvalue()
+
+
 def test_hooks_see_untrained_and_trained(settings):
     seen = []
 

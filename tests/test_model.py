@@ -313,3 +313,10 @@ def test_model_copies(tmp_path):
     fresh.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True), strict=True)
     ids = torch.randint(96, (1, 5))
     assert_same_bits(fresh(ids).logits.detach(), model(ids).logits.detach())
+
+
+def test_verify_knows_zero3():
+    model = lk.apply_qlora(nn.Sequential(nn.Linear(8, 4)), r=0)
+    model[0].weight.ds_id = 3
+    with pytest.raises(RuntimeError, match=r"1 linear layers are not fused: 0: DeepSpeed's ZeRO-3.*ZeRO-2 or FSDP2"):
+        lk.verify(model, strict=True)

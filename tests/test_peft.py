@@ -474,6 +474,23 @@ def test_adapter_of_another_base_is_refused(kind, tmp_path):
         PeftModel.from_pretrained(other, tmp_path)
 
 
+def test_adapter_of_another_size_is_refused(kind, tmp_path):
+    """PEFT names each matrix and both shapes; the base, which it has wrapped by then, is as before."""
+    ours, _ = pair(kind, LoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
+    ours.save_pretrained(tmp_path)
+    model, _ = quantized(kind)
+    wide = FusedQLoRALinear(320, 64, bias=False, r=0)
+    if kind == "bitsandbytes":
+        wide = FusedLinear4bit.from_quantized(wide.quantized_weight, None)
+    model.model.layers[1].mlp.down_proj = wide
+    before = copy.deepcopy(model)
+    words = r"layers\.1\.mlp\.down_proj\.lora_A\.default\.weight.*\[4, 192\].*\[4, 320\]"
+    with pytest.raises(RuntimeError, match=words):
+        PeftModel.from_pretrained(model, tmp_path)
+    x = torch.randn(3, 320)
+    assert_same_bits(model.get_submodule("model.layers.1.mlp.down_proj.base_layer")(x), before.model.layers[1].mlp.down_proj(x))
+
+
 def test_fallback_is_correct_and_named(kind):
     """A hook on lora_A would be passed over by a fused call: PEFT's own code runs, and verify says so."""
     ours, stock = pair(kind, LoraConfig(r=4, target_modules=["q_proj"]))
@@ -620,3 +637,13 @@ def test_pissa_adapters_load(kind, tmp_path):
     ours.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(quantized(kind)[0], tmp_path)
     close(logits(again), logits(ours), 1e-4)
+
+
+def test_pissa_with_low_cpu_mem_usage_fails_in_peft_itself(kind, tmp_path):
+    """It initialises from a weight on the CPU into matrices on the meta device, over a dense base too."""
+    model, dense = quantized(kind)
+    config = LoraConfig(r=4, lora_alpha=4, target_modules=["q_proj"], init_lora_weights="pissa")
+    get_peft_model(model, config).save_pretrained(tmp_path)
+    for base in (quantized(kind)[0], dense):
+        with pytest.raises(RuntimeError, match="set_data"):
+            PeftModel.from_pretrained(base, tmp_path, low_cpu_mem_usage=True)

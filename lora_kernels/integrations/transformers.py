@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from ..adapter import writing
 from ..formats import QUANT_TYPES, QuantizedWeight, dtype_name
 from ..model import apply_qlora, fused_layers
 from ..nn import AdapterConfig, FusedQLoRALinear
@@ -156,6 +157,8 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], dtype: torch.dtype) -> N
         linear = model.get_submodule(name)
         if not isinstance(linear, nn.Linear) or tuple(linear.weight.shape) != qw.shape:
             raise ValueError(f"{key} is a 4-bit weight {list(qw.shape)}, the model has {linear} there")
+        if linear.bias is not None and f"{name}.bias" not in tensors:
+            raise ValueError(f"the weights lack {name}.bias")
         bias = None if linear.bias is None else tensors.pop(f"{name}.bias").to(dtype)
         model.set_submodule(name, FusedQLoRALinear._build(qw, bias, None, None, training=False))
     dense = {k: t.to(dtype) if t.is_floating_point() else t for k, t in tensors.items()}
@@ -243,7 +246,8 @@ def _save_folder(model: Any, tokenizer: Any, out: str | os.PathLike[str], state:
     tmp = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(tmp, ignore_errors=True)
     try:
-        model.save_pretrained(tmp, state_dict=state)
+        with writing(out):
+            model.save_pretrained(tmp, state_dict=state)
         tokenizer.save_pretrained(tmp)
         tmp.rename(out)
     finally:
