@@ -17,14 +17,14 @@ test: $(INSTALLED)
 
 # Against every rival that is importable; SmolLM2-135M itself where `make demo` left it, else random weights of its shape.
 bench: $(INSTALLED)
-	$(BIN)/python -m bench run all --device cpu $(if $(wildcard $(MODEL)),--model $(MODEL)) --json bench/results/cpu
+	$(BIN)/python -m bench run all --device cpu $(if $(wildcard $(MODEL)),--model $(MODEL)) --minutes 9 --save
 	$(BIN)/python -m bench report
 
-# On a GPU machine, in the Python that has its torch and Triton: GPU tests first, then every suite.
+# On a GPU machine, in the Python that has its torch and Triton.  A failed test does not keep the suites from running: they
+# refuse what is wrong on their own.  Results are files under bench/results/, the table of all suites and targets comes last.
 gpu:
-	$(PYTHON) -m pytest tests/test_triton.py tests/test_qlora_linear.py
-	$(PYTHON) -m bench run all --device cuda --json bench/results/gpu
-	$(PYTHON) -m bench report
+	status=0; $(PYTHON) -m pytest -q tests/test_triton.py tests/test_qlora_linear.py || status=$$?; \
+	$(PYTHON) -m bench run all --device cuda --minutes 5.5 --save || status=$$?; exit $$status
 
 lint: $(INSTALLED)
 	PATH="$(CURDIR)/$(BIN):$$PATH" pre-commit run --all-files

@@ -12,7 +12,7 @@ from torch import Tensor
 import lora_kernels as lk
 from lora_kernels import formats
 from lora_kernels.backends import reference
-from lora_kernels.testing import Results, decode, make_inputs, relative_error
+from lora_kernels.testing import Results, decode, relative_error
 
 from . import cases
 from .rivals import clone, need, on, to_nf4, torch_decode_absmax, torch_dequantize, unsloth_dequantize
@@ -30,7 +30,7 @@ class _WeightLine(Line):
 
     @cached_property
     def qw(self) -> lk.QuantizedWeight:
-        return make_inputs(cases.case(1, self.N, self.K), device=self.device).qw
+        return cases.quantized(self.N, self.K, self.device)
 
     def _clones(self, nbytes: int) -> list[lk.QuantizedWeight]:
         return [clone(self.qw) for _ in range(self.copies(nbytes))]
@@ -155,7 +155,7 @@ class Dequantize(_WeightLine):
     def build(self, name: str) -> Contender:
         nbytes = self.qw.nbytes
         if name == "torchao":
-            W = decode(self.qw, torch.bfloat16)
+            W = cases.decoded(self.N, self.K, self.device)
             tensors = [to_nf4(W.clone()) for _ in range(self.copies(nbytes))]
             run: Callable[[int], Tensor] = lambda i: tensors[i % len(tensors)].get_original_weight()  # noqa: E731
             return Contender(run, lambda: {"W": run(0)}, nbytes, len(tensors))
@@ -179,7 +179,8 @@ class Dequantize(_WeightLine):
             error = relative_error(got["W"], decode(self.qw, torch.float32))
             return None if error < 0.11 else f"error {error:.3f} against the weight it was given"
         want = {"W": decode(self.qw, torch.float64)}
-        return mismatch(got, want, {"W": decode(self.qw, torch.bfloat16)}, torch.bfloat16, name == OURS)
+        base = {"W": cases.decoded(self.N, self.K, self.device)}
+        return mismatch(got, want, base, torch.bfloat16, name == OURS)
 
     def work(self, name: str, contender: Contender) -> tuple[float, float]:
         return contender.nbytes + 2.0 * self.N * self.K, 0.0

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
-from lora_kernels.testing import Case
+from lora_kernels.formats import QuantizedWeight
+from lora_kernels.testing import Case, Inputs, decode, make_inputs
 
 # (N, K): the layers of real models, the awkward ones kept in
 SMOLLM2_135M = ((576, 576), (192, 576), (1536, 576), (576, 1536))  # K is no multiple of 128, N small
@@ -21,6 +24,30 @@ LLAMA2_7B = ((11008, 4096), (4096, 11008))
 def case(M: int, N: int, K: int, r: int = 16) -> Case:
     """A layer as it is trained: bf16, float32 adapters, NF4 in blocks of 64, double quantization."""
     return Case(M, N, K, r=r, dtype=torch.bfloat16, scaling=2.0)
+
+
+@functools.lru_cache(maxsize=1)
+def quantized(N: int, K: int, device: torch.device) -> QuantizedWeight:
+    """The weight of every case of this shape, as quantized from a bf16 model."""
+    return replace(make_inputs(case(1, N, K), device=device).qw, dtype=torch.bfloat16)
+
+
+@functools.lru_cache(maxsize=1)
+def decoded(N: int, K: int, device: torch.device) -> Tensor:
+    """The same weight in bf16, by the tests' own code."""
+    return decode(quantized(N, K, device), torch.bfloat16)
+
+
+@functools.lru_cache(maxsize=1)
+def inputs(c: Case, device: torch.device) -> Inputs:
+    """As the tests' inputs, drawn on the device."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(*shape: int, std: float = 1.0, dtype: torch.dtype = c.dtype) -> Tensor:
+        return (torch.randn(*shape, generator=generator, device=device) * std).to(dtype)
+
+    A, B = normal(c.r, c.K, std=(3 * c.K) ** -0.5, dtype=c.lora_dtype), normal(c.N, c.r, std=c.w_scale, dtype=c.lora_dtype)
+    return Inputs(c, normal(c.M, c.K), quantized(c.N, c.K, device), A, B, None, normal(c.M, c.N), None)
 
 
 _QUICK = ((192, 576), (576, 576))
@@ -59,6 +86,14 @@ def train_layer(device: torch.device, quick: bool = False) -> list[Case]:
     cases += [case(M, 4096, 4096) for M in (64, 128, 256, 16384)]
     cases += [case(4096, N, K) for N, K in ((576, 576), *LLAMA_1B, *QWEN_7B[1:], (8192, 8192))]
     return cases + [case(4096, 4096, 4096, r) for r in (8, 64)]
+
+
+def grid(quick: bool = False) -> list[Case]:
+    """Every shape at every number of tokens, so that no favourable one can be picked."""
+    if quick:
+        return [case(M, N, K) for N, K in _QUICK for M in (1, 16)]
+    shapes = ((4096, 4096), *LLAMA2_7B, (1024, 4096), (576, 576), (1536, 576), (49152, 576))  # the last: a small model's head
+    return [case(M, N, K) for N, K in shapes for M in (1, 4, 16, 64, 128, 512, 2048)]
 
 
 def memory(device: torch.device, quick: bool = False) -> list[Case]:

@@ -1,8 +1,11 @@
-"""The commands: run, report, tune, profile, compile-check."""
+"""The commands: run, report, targets, tune, profile, compile-check, resources."""
 
 from __future__ import annotations
 
+import math
+import re
 import sys
+import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,18 +19,25 @@ except ImportError as e:
 
 import torch
 
-from . import bench_layer, bench_memory, bench_model, bench_weight, profile_op
+from . import bench_layer, bench_memory, bench_model, bench_weight, cases, grid, profile_op
 from . import compile_check as compile_check_
 from . import report as report_
+from . import resources as resources_
+from . import targets as targets_
 from . import tune as tune_
-from .measure import QUICK, Effort
+from .measure import QUICK, Effort, environment, keep_freed_memory
 from .plot import draw
 from .suite import OURS, Line, run_suite, write_json, wrong_lines
 
 warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 app = typer.Typer(help="Benchmarks of lora_kernels, side by side with what one would use instead.", no_args_is_help=True)
 
-SUITES = ("quantize", "decode_absmax", "dequantize", "forward", "train_layer", "memory", "train_step", "decode")
+SUITES = ("train_step", "decode", "train_layer", "forward", "dequantize", "quantize", "decode_absmax", "memory")
+"""Those of `all`.  Models come first: later the allocator is told to keep what is freed."""
+GPU_ORDER = ("dequantize", "train_layer", "forward", "train_step", "memory", "quantize", "decode_absmax", "decode")
+"""On a GPU, where the time may be up before all is measured: what tells most first."""
+GRID = "grid"
+"""Every shape at every number of tokens and threads, against two rivals; minutes more."""
 MODEL_SUITES = ("train_step", "decode")
 
 
@@ -55,11 +65,18 @@ def lines_of(
     suite: str, device: torch.device, quick: bool, model: str | None, layers: int | None, batch: int, length: int
 ) -> Sequence[Line]:
     if suite in MODEL_SUITES:
-        default = "tiny" if quick else "smollm2-135m" if device.type == "cpu" else "llama-3.2-1b"
-        return bench_model.lines(suite, device, model or default, layers, quick, batch, length)
+        models = [(model, layers)] if model else default_models(device, quick)
+        return [line for m, n in models for line in bench_model.lines(suite, device, m, layers or n, quick, batch, length)]
     if suite in bench_weight.CLASSES:
         return bench_weight.lines(suite, device, quick)
     return bench_layer.lines(suite, device, quick)
+
+
+def default_models(device: torch.device, quick: bool) -> list[tuple[str, int | None]]:
+    """A shape and how many of its layers."""
+    if quick:
+        return [("tiny", None)]
+    return [("smollm2-135m", None)] if device.type == "cpu" else [("llama-3.2-1b", None), ("llama-3.1-8b", 8)]
 
 
 def names_of(contenders: Sequence[str], against: str) -> list[str]:
@@ -84,49 +101,78 @@ def target(path: Path | None, suite: str, suffix: str, several: bool) -> Path | 
 
 @app.command()
 def run(
-    suites: Annotated[list[str], typer.Argument(help=f"all, or some of: {', '.join(SUITES)}")],
+    suites: Annotated[list[str], typer.Argument(help=f"all, or some of: {', '.join((*SUITES, GRID))}")],
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     against: Annotated[str, typer.Option(help="all, or rivals separated by commas")] = "all",
     json: Annotated[Path | None, typer.Option(help="result file, or a folder that gets SUITE.json")] = None,
     plot: Annotated[Path | None, typer.Option(help="picture, or a folder that gets SUITE.png")] = None,
+    save: Annotated[bool, typer.Option(help="write both under bench/results/, in the folder of this device")] = False,
+    minutes: Annotated[
+        float, typer.Option(min=0.0, help="begin no further line after so long, and say which were left out")
+    ] = 0.0,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: torch's own choice")] = None,
     quick: Annotated[bool, typer.Option(help="tiny shapes and three rounds: to see that it works, not to compare")] = False,
-    seconds: Annotated[float, typer.Option(min=0.0, help="time a contender gets on one line, and seven rounds at least")] = 0.2,
+    seconds: Annotated[
+        float | None, typer.Option(min=0.0, help="time a contender gets on one line; default 0.2, on a GPU 0.1")
+    ] = None,
     model: Annotated[str | None, typer.Option(help="train_step and decode: a model folder, or a shape's name")] = None,
     layers: Annotated[int | None, typer.Option(min=1, help="train_step and decode: only the first layers")] = None,
     batch: Annotated[int, typer.Option(min=1, help="train_step: sequences")] = 4,
-    length: Annotated[int, typer.Option(min=2, help="train_step: tokens of each")] = 256,
+    length: Annotated[int | None, typer.Option(min=2, help="train_step: tokens of each; default 256, on a GPU 1024")] = None,
     only: Annotated[str, typer.Option(help="lines whose label contains this text")] = "",
 ) -> None:
     """Measures suites side by side, prints a table a line, worst and best ratios last."""
-    if suites == ["all"]:
-        suites = list(SUITES)
-    if unknown := [s for s in suites if s not in SUITES]:
-        fail(f"SUITE must be all or one of {', '.join(SUITES)}, got {', '.join(unknown)}")
+    if unknown := [s for s in suites if s not in ("all", *SUITES, GRID)]:
+        fail(f"SUITE must be all or one of {', '.join((*SUITES, GRID))}, got {', '.join(unknown)}")
     where = get_device(device)
+    on_cpu = where.type == "cpu"
+    if "all" in suites:
+        suites = list(SUITES if on_cpu else GPU_ORDER)
+    if on_cpu:
+        suites.sort(key=lambda suite: suite not in MODEL_SUITES)
     if threads:
         torch.set_num_threads(threads)
+    length = length or (256 if on_cpu else 1024)
+    seconds = (0.2 if on_cpu else 0.1) if seconds is None else seconds
     if quick:
         batch, length = min(batch, 2), min(length, 16)
-    console = make_console()
-    bad: list[str] = []
+    console, env = make_console(), environment(where)
+    deadline = time.monotonic() + 60 * minutes if minutes else math.inf
+    if save and (quick or only):
+        fail("--save replaces the results of whole suites: not with --quick or --only")
+    if save:
+        folder = report_.RESULTS / device_slug(where, env["device"])
+        json, plot = json or folder, plot or folder
+    results: list[dict[str, Any]] = []
     for suite in suites:
+        env["freed_memory_kept"] = on_cpu and suite not in MODEL_SUITES and keep_freed_memory()  # models run as users run them
         file, picture = (target(p, suite, s, len(suites) > 1) for p, s in ((json, ".json"), (plot, ".png")))
         if suite == "memory":
+            if not any(only in bench_layer.label(case) for case in cases.memory(where, quick)):
+                continue
             names = names_of(bench_layer.TRAIN_NAMES, against)
-            result = bench_memory.run_suite(where, names, console, quick, only)
-            _finish(result, file, picture)
+            results.append(bench_memory.run_suite(where, names, console, env, quick, only, deadline))
+            _finish(results[-1], file, picture)
             continue
         try:
             lines = [line for line in lines_of(suite, where, quick, model, layers, batch, length) if only in line.label]
         except ValueError as e:
             fail(str(e))
-        effort = QUICK if quick else MODEL_EFFORT if suite in MODEL_SUITES else layer_effort(where, seconds)
+        if not lines:
+            continue
+        effort = QUICK if quick else effort_of(suite, where, seconds)
         names = names_of([n for line in lines for n in line.names], against)
-        result = run_suite(suite, lines, where, names, effort, console, quick)
-        bad += [f"{suite} {line}" for line in wrong_lines(result)]
-        _finish(result, file, picture)
-    if bad:
+        results.append(run_suite(suite, lines, where, names, effort, console, env, quick, deadline))
+        _finish(results[-1], file, picture)
+        if suite == GRID:
+            grid.show(results[-1], console)
+    if not results:
+        fail(f"--only: no line contains {only!r}")
+    if len(results) > 1:
+        report_.show(results, console)
+    if set(suites) >= set(SUITES):
+        targets_.show(results, console)
+    if bad := [f"{r['suite']} {line}" for r in results for line in wrong_lines(r)]:
         fail("lora_kernels is wrong on " + "; ".join(bad))
 
 
@@ -134,16 +180,25 @@ def _finish(result: dict[str, Any], file: Path | None, picture: Path | None) -> 
     if file:
         write_json(file, result)
     if picture:
-        draw(result, picture)
+        try:
+            draw(result, picture)
+        except ImportError as e:
+            typer.echo(f"no {picture.name}: {e.name} is not installed", err=True)
 
 
-def layer_effort(device: torch.device, seconds: float) -> Effort:
-    """Events on a GPU are steadier than a clock on a shared CPU: shorter rounds will do."""
-    return Effort(seconds, round_ms=2.0) if device.type == "cuda" else Effort(seconds)
+def device_slug(device: torch.device, name: Any) -> str:
+    """The folder of a device's results."""
+    return "cpu" if device.type == "cpu" else re.sub(r"[^a-z0-9]+", "-", str(name).lower()).strip("-")
 
 
-MODEL_EFFORT = Effort(10.0, 5, 9, 1.0)
-"""A step takes seconds: few rounds, one step each."""
+def effort_of(suite: str, device: torch.device, seconds: float) -> Effort:
+    if suite in MODEL_SUITES:  # a step takes seconds: few rounds, one step each
+        return Effort(10.0, 5, 9, 1.0)
+    if suite == GRID:
+        return Effort(seconds / 2, 5, 21)
+    if device.type == "cuda":  # events are steadier than the clock of a shared CPU: shorter rounds will do
+        return Effort(seconds, round_ms=2.0)
+    return Effort(seconds)
 
 
 @app.command()
@@ -156,10 +211,22 @@ def report(
     if not found:
         fail(f"no results in {results}: python -m bench run all --json {results}/cpu")
     try:
-        report_.update(readme, report_.section(found, readme.parent))
-    except (OSError, ValueError) as e:
+        report_.update(readme, report_.section(found, readme.resolve().parent))
+    except (OSError, ValueError, ImportError) as e:
         fail(str(e))
     typer.echo(f"{readme}: {len(found)} suites")
+
+
+@app.command()
+def targets(
+    device: Annotated[str, typer.Option(help="folder of the results")] = "cpu",
+    results: Annotated[Path, typer.Option(help="folder of result folders")] = report_.RESULTS,
+) -> None:
+    """Which of the speeds that the project promises were reached, and by how much the others were missed."""
+    found = [result for _, result in report_.load(results / device)]
+    if not found:
+        fail(f"no results in {results / device}: python -m bench run all --save")
+    targets_.show(found, make_console())
 
 
 @app.command()
@@ -204,13 +271,32 @@ def compile_check(
     arch: Annotated[list[int] | None, typer.Option(help="compute capabilities; default 80 90 100")] = None,
     more: Annotated[list[int] | None, typer.Argument(help="further ones, so that --arch 80 90 100 works")] = None,
     only: Annotated[str, typer.Option(help="kernels whose name contains this text")] = "",
+    record: Annotated[bool, typer.Option(help="write the instructions a weight to bench/instructions.json")] = False,
 ) -> None:
-    """Compiles every Triton kernel ahead of time; exit code 1 on a spill or a lost matrix instruction.  Needs no GPU."""
+    """Compiles every Triton kernel ahead of time; exit code 1 on a spill, a lost matrix instruction, or more instructions than
+    recorded.  Needs no GPU."""
     console = make_console()
     try:
-        bad = compile_check_.check([*(arch or []), *(more or [])] or [80, 90, 100], only, console)
+        bad = compile_check_.check([*(arch or []), *(more or [])] or [80, 90, 100], only, console, record)
     except (RuntimeError, ValueError) as e:
         fail(str(e))
     console.print(f"{compile_check_.versions()}: " + (f"[red]{bad} kernels are not as they should be" if bad else "all ok"))
+    if bad:
+        raise typer.Exit(1)
+
+
+@app.command()
+def resources(
+    arch: Annotated[list[int] | None, typer.Option(help="compute capabilities; default 75 80 90 100 120")] = None,
+    more: Annotated[list[int] | None, typer.Argument(help="further ones, so that --arch 80 90 works")] = None,
+    only: Annotated[str, typer.Option(help="sources whose name contains this text")] = "",
+) -> None:
+    """Compiles every CUDA kernel with nvcc; exit code 1 on a spill or a missing matrix instruction.  Needs no GPU."""
+    console = make_console()
+    try:
+        bad = resources_.check([*(arch or []), *(more or [])] or list(resources_.ARCHS), only, console)
+    except RuntimeError as e:
+        fail(str(e))
+    console.print(f"{resources_.version()}: " + (f"[red]{bad} kernels are not as they should be" if bad else "all ok"))
     if bad:
         raise typer.Exit(1)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
 import datetime
+import functools
 import gc
+import hashlib
 import importlib
 import importlib.metadata
+import os
 import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,14 +30,16 @@ class Effort:
 
     Attributes:
         seconds: wall clock a contender gets, at least.
-        min_rounds, max_rounds: bounds on the number of rounds.
+        min_rounds, max_rounds: bounds on the number of rounds it takes part in.
         round_ms: a contender is called often enough in a round to take this long.
+        slow_rounds: as many are enough for one that needs more than twice the time of the fastest.
     """
 
     seconds: float = 0.2
     min_rounds: int = 7
     max_rounds: int = 51
     round_ms: float = 10.0
+    slow_rounds: int = 3
 
 
 QUICK = Effort(0.05, 3, 3, 1.0)
@@ -52,34 +58,44 @@ class Quartiles:
         return cls(*statistics.quantiles(values, n=4, method="inclusive"))
 
 
-def ratio(theirs: list[float], ours: list[float]) -> Quartiles:
-    """Quartiles over rounds of their time over ours in the same round."""
-    return Quartiles.of([a / b for a, b in zip(theirs, ours, strict=True)])
+Times = dict[int, float]
+"""Seconds of one call, by round."""
+
+
+def ratio(theirs: Times, ours: Times) -> Quartiles:
+    """Quartiles over the rounds that both took part in of their time over ours in that round."""
+    return Quartiles.of([theirs[i] / ours[i] for i in theirs.keys() & ours.keys()])
 
 
 # ---- time
 
 
-def interleave(runs: dict[str, Run], device: torch.device, effort: Effort) -> dict[str, list[float]]:
-    """Seconds of one call of each contender, one number a round.  A graph's call is one of those that it holds."""
+def interleave(runs: dict[str, Run], device: torch.device, effort: Effort, always: Collection[str] = ()) -> dict[str, Times]:
+    """Times of each contender.  The slow ones take part in some rounds only, evenly spread; those in `always` in every round.
+    A graph's call is one of those that it holds."""
     timer = _cuda_timer(device) if device.type == "cuda" else _cpu_timer
-    calls, position = {}, dict.fromkeys(runs, 0)
-    for name, run in runs.items():  # warm-up, and the number of calls in a round
+    seconds, calls, rounds = {}, {}, {}
+    for name, run in runs.items():  # the first call warms up
         timer(run, 0, 1)
-        once = timer(run, 1, 1) * (run.calls if isinstance(run, Graph) else 1)
-        position[name] = 2
-        calls[name] = max(1, min(1000, round(effort.round_ms / 1e3 / max(once, 1e-7))))
-    times: dict[str, list[float]] = {name: [] for name in runs}
+        seconds[name] = timer(run, 1, 1)
+    for name, run in runs.items():
+        turn = seconds[name] * (run.calls if isinstance(run, Graph) else 1)
+        calls[name] = max(1, min(1000, round(effort.round_ms / 1e3 / max(turn, 1e-7))))
+        fast = seconds[name] <= 2 * min(seconds.values())
+        wanted = int(effort.seconds / max(turn * calls[name], 1e-7))
+        rounds[name] = max(effort.min_rounds if fast else effort.slow_rounds, min(effort.max_rounds, wanted))
+    last = max(rounds.values())
+    rounds |= {name: last for name in runs if name in always}
+    times: dict[str, Times] = {name: {} for name in runs}
+    position = dict.fromkeys(runs, 2)
     gc.collect()
     gc.disable()
     try:
-        end = time.perf_counter() + effort.seconds * len(runs)
-        rounds = 0
-        while rounds < effort.min_rounds or (rounds < effort.max_rounds and time.perf_counter() < end):
-            for name in list(runs) if rounds % 2 == 0 else reversed(runs):
-                times[name].append(timer(runs[name], position[name], calls[name]))
-                position[name] += calls[name]
-            rounds += 1
+        for i in range(last):
+            for name in list(runs) if i % 2 == 0 else reversed(runs):
+                if (i + 1) * rounds[name] // last > i * rounds[name] // last:
+                    times[name][i] = timer(runs[name], position[name], calls[name])
+                    position[name] += calls[name]
     finally:
         gc.enable()
     return times
@@ -113,7 +129,11 @@ def _cuda_timer(device: torch.device) -> Callable[[Run, int, int], float]:
 
 
 class Graph:
-    """A CUDA graph of one call for each copy of the data, so that a replay finds no weight in the cache."""
+    """A CUDA graph of one call for each copy of the data, so that a replay finds no weight in the cache.
+
+    Raises RuntimeError if what a replay writes is not what the call itself returns: work that went to another stream than the
+    captured one is missing from the graph.
+    """
 
     def __init__(self, run: Run, copies: int) -> None:
         self.calls = max(copies, 1)
@@ -127,10 +147,21 @@ class Graph:
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
             for i in range(self.calls):
-                run(i)
+                out = run(i)
+        written = _tensors(out)
+        for tensor in written:
+            tensor.zero_()
+        self.graph.replay()
+        for got, want in zip(written, _tensors(run(self.calls - 1)), strict=True):
+            if not (got.float() - want.float()).norm() <= 1e-2 * want.float().norm():
+                raise RuntimeError("a replay gives another result than the call")
 
     def __call__(self, i: int) -> None:
         self.graph.replay()
+
+
+def _tensors(out: object) -> list[torch.Tensor]:
+    return [t for t in (out if isinstance(out, (tuple, list)) else [out]) if isinstance(t, torch.Tensor)]
 
 
 # ---- the machine
@@ -147,9 +178,9 @@ def cache_bytes(device: torch.device) -> int:
     return max(sizes, default=64 << 20)
 
 
-def copies_of(nbytes: int, device: torch.device, most: int = 128) -> int:
-    """Copies of a weight of `nbytes` that exceed three times the last-level cache, `most` at most."""
-    return min(most, max(1, -(3 * cache_bytes(device) // -nbytes)))
+def copies_of(nbytes: int, device: torch.device, other: int = 0, most: int = 600) -> int:
+    """Copies of a weight that exceed three times the last-level cache, with the `other` bytes that every call touches."""
+    return min(most, max(1, -((3 * cache_bytes(device) - other) // -nbytes)))
 
 
 @dataclass(frozen=True)
@@ -170,7 +201,9 @@ class Ceiling:
         return max(nbytes / self.copy, flops / self.gemm)
 
 
-def ceiling(device: torch.device, quick: bool = False) -> Ceiling:
+@functools.cache
+def ceiling(device: torch.device, threads: int, quick: bool = False) -> Ceiling:
+    """Measured once in a process for each number of threads, which the caller has set."""
     gpu = device.type == "cuda"
     nbytes = 1 << (30 if gpu else 24 if quick else 28)
     size = 8192 if gpu else 256 if quick else 2048
@@ -180,13 +213,30 @@ def ceiling(device: torch.device, quick: bool = False) -> Ceiling:
         {"copy": lambda i: b.copy_(a), "gemm": lambda i: torch.nn.functional.linear(x, w)},
         device,
         QUICK if quick else Effort(0.5, 5, 31),
+        always=("copy", "gemm"),
     )
-    copy, gemm = (min(times[n]) for n in ("copy", "gemm"))  # what can be reached, not what usually is
+    copy, gemm = (min(times[n].values()) for n in ("copy", "gemm"))  # what can be reached, not what usually is
     return Ceiling(2 * nbytes / copy, 2 * size**3 / gemm, size)
+
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+
+
+def keep_freed_memory() -> bool:
+    """Makes the C allocator keep what is freed, for good, as caching allocators do; False where it can't be told to.
+
+    glibc gives a tensor of 32 MiB or more back to the system when it is freed, and the next one is paged in anew.  That can
+    take longer than to decode the weight it holds: it would hide what is compared, and flatter who needs no such tensor.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    return mallopt is not None and bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, -1))
 
 
 PACKAGES = ("torch", "triton", "bitsandbytes", "kernels", "peft", "transformers", "torchao", "unsloth")
 """`kernels` lets bitsandbytes load a faster CPU kernel from a hub."""
+CHECKOUTS = {"unsloth": "UNSLOTH_PATH", "lorafusion": "LORAFUSION_PATH"}
+"""Rivals that can be used from a checkout, whose commit is then their version."""
+ROOT = Path(__file__).parent.parent
 
 
 def environment(device: torch.device) -> dict[str, object]:
@@ -199,6 +249,10 @@ def environment(device: torch.device) -> dict[str, object]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
+    for package, variable in CHECKOUTS.items():
+        if path := os.environ.get(variable):
+            versions[package] = _output("git", "-C", path, "rev-parse", "--short=12", "HEAD") or f"a checkout, {variable}"
+    changes = _output("git", "-C", str(ROOT), "status", "--porcelain", "-uno", "--", ".", ":!bench/results", ":!README.md")
     info: dict[str, object] = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
@@ -208,12 +262,24 @@ def environment(device: torch.device) -> dict[str, object]:
         "threads": torch.get_num_threads(),
         "cache_bytes": cache_bytes(device),
         "versions": versions,
-        "commit": _output("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"),
+        "commit": _output("git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD"),
+        "dirty": bool(changes),
+        "sources": sources(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
     if device.type == "cpu":
         info["isa"] = native_level() or torch.backends.cpu.get_cpu_capability()
     return info
+
+
+def sources() -> str:
+    """A hash of the package's source files: what was measured, also where there is no git or the tree has changes."""
+    digest = hashlib.sha256()
+    for folder in ("lora_kernels", "csrc"):
+        for path in sorted((ROOT / folder).rglob("*")):
+            if path.suffix in (".py", ".json", ".h", ".cpp", ".cu", ".cuh"):
+                digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def native_level() -> str | None:

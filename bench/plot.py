@@ -3,109 +3,114 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from pathlib import Path
 from typing import Any
 
+from . import grid
+from .names import SUITES, plain
 from .suite import GRAPH, OURS, threads_text
 
-NAMES = {
-    "dense": "frozen bf16\nnn.Linear,\nno adapter",
-    "dense+peft": "bf16\n+ PEFT",
-    "torch": "plain\ntorch",
-    "bnb": "bitsandbytes",
-    "bnb+peft": "bitsandbytes\n+ PEFT",
-    "bnb+peft-autocast": "bitsandbytes\n+ PEFT,\nautocast",
-    "bnb+peft-bf16": "bitsandbytes\n+ PEFT, bf16\nadapters",
-    "bnb-inference": "bitsandbytes\nrepacked,\nno adapter",
-    "bnb-inference+peft": "bitsandbytes\nrepacked\n+ PEFT",
-    "torchao": "torchao",
-    "unsloth": "Unsloth",
-    "lorafusion": "LoRAFusion,\n16-bit weight",
-    "lorafusion-nf4": "LoRAFusion\n+ bitsandbytes",
-}
 SATURATED = 4.0
 """Ratio from which on a cell is as blue (or as red, at its inverse) as it gets."""
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
     """Writes the picture of a result; nothing if no rival has a ratio."""
+    if not result["summary"]:
+        return
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    plt.rcParams.update({"font.size": 10.5})
+    fig = _draw_grid(result, plt) if result["suite"] == "grid" else _draw_lines(result, plt)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fig.savefig(path, dpi=110)
+    plt.close(fig)
+
+
+def _title(fig: Any, result: dict[str, Any], more: str = "") -> None:
+    what = "peak memory over ours" if result["suite"] == "memory" else "time over ours, above 1 we are faster"
+    where = "" if result["driver"] or result["suite"] == "grid" else f", {threads_text(result)}"
+    fig.suptitle(f"{SUITES[result['suite']]}\n{what}; {result['device']}{where}{more}", x=0.01, ha="left", fontsize=11.5)
+
+
+def _draw_lines(result: dict[str, Any], plt: Any) -> Any:
     graphs = any(n.endswith(GRAPH) for n in result["summary"])
     suffix = GRAPH if graphs else ""  # in CUDA graphs no time of the host is counted
     rivals = [n for n in result["summary"] if n.endswith(suffix)]
     rows = [row for row in result["rows"] if any("ratio" in row["entries"].get(n, {}) for n in rivals)]
-    if not rows:
-        return
-    memory = result["suite"] == "memory"
-    width, height = 3.6 + 1.15 * len(rivals), 1.55 + 0.3 * len(rows)
-    plt.rcParams.update({"font.size": 10.5})
+    width, height = 4.2 + 1.25 * len(rivals), 1.6 + 0.3 * len(rows)
     fig, (cells, bars) = plt.subplots(
-        1, 2, figsize=(width, height), sharey=True, layout="constrained", width_ratios=[1.15 * len(rivals), 1.5]
+        1, 2, figsize=(width, height), sharey=True, layout="constrained", width_ratios=[1.25 * len(rivals), 1.5]
     )
     _cells(cells, rows, rivals, plt.get_cmap("RdBu"))
-    _bars(bars, rows, OURS + suffix, memory)
-    where = "" if result["driver"] else f", {threads_text(result)}"
-    what = "peak memory over ours" if memory else "time over ours, above 1 we are faster"
-    fig.suptitle(
-        f"{result['suite']}: {what}\n{result['device']}{where}{', CUDA graphs' if graphs else ''}",
-        x=0.01,
-        ha="left",
-        fontsize=11.5,
+    _bars(bars, rows, OURS + suffix, result["suite"] == "memory")
+    _title(fig, result, ", CUDA graphs" if graphs else "")
+    return fig
+
+
+def _draw_grid(result: dict[str, Any], plt: Any) -> Any:
+    """A panel for each pass, number of threads and rival."""
+    panels = grid.matrices(result)
+    down = len({panel.rival for panel in panels})
+    across = len(panels) // down
+    height = 0.9 + 0.32 * len(panels[0].shapes)
+    fig, axes = plt.subplots(
+        down,
+        across,
+        figsize=(1.3 + 0.58 * len(panels[0].tokens) * across, 0.6 + height * down),
+        layout="constrained",
+        squeeze=False,
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(path, dpi=150)
-    plt.close(fig)
+    for axis, panel in zip(axes.flat, panels, strict=True):
+        for y, cells in enumerate(panel.cells):
+            for x, value in enumerate(cells):
+                _cell(axis, x, y, value, plt.get_cmap("RdBu"), fontsize=9)
+        _frame(axis, [str(M) for M in panel.tokens], panel.shapes)
+        axis.set_title(panel.title.replace(", against ", "\nagainst "), fontsize=10)
+    for axis in axes[:, 1:].flat:
+        axis.set_yticklabels([])
+    _title(fig, result, "; tokens across")
+    return fig
+
+
+def _cell(axis: Any, x: int, y: int, value: float | None, colors: Any, missing: str = "–", **font: Any) -> None:
+    """Blue where ours wins, red and bold where it loses, white at 1."""
+    if value is None:
+        axis.text(x, y, missing, ha="center", va="center", color="#888888", **font)
+        return
+    depth = max(-1.0, min(1.0, math.log(value) / math.log(SATURATED)))
+    left, right, top, bottom = x - 0.5, x + 0.5, y - 0.5, y + 0.5
+    axis.fill([left, right, right, left], [top, top, bottom, bottom], color=colors(0.5 + 0.38 * depth), lw=0)
+    font |= {"weight": "bold" if value < 1 else "normal", "color": "white" if abs(depth) > 0.8 else "black"}
+    axis.text(x, y, f"{value:.2f}" if value < 9.995 else f"{value:.0f}", ha="center", va="center", **font)
+
+
+def _frame(axis: Any, across: list[str], down: list[str]) -> None:
+    axis.set_xlim(-0.5, len(across) - 0.5)
+    axis.set_ylim(len(down) - 0.5, -0.5)
+    axis.set_xticks(range(len(across)), across, fontsize=9)
+    axis.set_yticks(range(len(down)), down)
+    axis.xaxis.tick_top()
+    axis.tick_params(length=0)
+    axis.spines[:].set_visible(False)
 
 
 def _cells(axis: Any, rows: list[dict[str, Any]], rivals: list[str], colors: Any) -> None:
-    """A table colored by ratio: blue where ours wins, red where it loses, white at 1."""
     for y, row in enumerate(rows):
         for x, name in enumerate(rivals):
             entry = row["entries"].get(name, {})
-            if "ratio" not in entry:
-                axis.text(
-                    x,
-                    y,
-                    "wrong" if entry.get("status", "").startswith("wrong") else "–",
-                    ha="center",
-                    va="center",
-                    color="#888888",
-                )
-                continue
-            value = entry["ratio"]["median"]
-            depth = max(-1.0, min(1.0, math.log(value) / math.log(SATURATED)))
-            axis.fill(
-                [x - 0.5, x + 0.5, x + 0.5, x - 0.5],
-                [y - 0.5, y - 0.5, y + 0.5, y + 0.5],
-                color=colors(0.5 + 0.38 * depth),
-                lw=0,
-            )
-            text = f"{value:.2f}" if value < 9.995 else f"{value:.0f}"
-            axis.text(
-                x,
-                y,
-                text,
-                ha="center",
-                va="center",
-                weight="bold" if value < 1 else "normal",
-                color="white" if abs(depth) > 0.8 else "black",
-            )
+            wrong = entry.get("status", "").startswith("wrong")
+            _cell(axis, x, y, entry["ratio"]["median"] if "ratio" in entry else None, colors, "wrong" if wrong else "–")
     shapes = [row["label"].split()[0] for row in rows]
     for y in range(1, len(rows)):
         if shapes[y] != shapes[y - 1] and len(set(shapes)) < len(shapes):
             axis.axhline(y - 0.5, color="black", lw=0.6)
-    axis.set_xlim(-0.5, len(rivals) - 0.5)
-    axis.set_ylim(len(rows) - 0.5, -0.5)
-    names = [n.removesuffix(GRAPH) for n in rivals]
-    axis.set_xticks(range(len(rivals)), [NAMES.get(n, n) for n in names], fontsize=9)
-    axis.set_yticks(range(len(rows)), [row["label"].replace("  ", "   ") for row in rows])
-    axis.xaxis.tick_top()
-    axis.tick_params(length=0)
-    axis.spines[:].set_visible(False)
+    names = [textwrap.fill(plain(n), 13, break_long_words=False) for n in rivals]
+    _frame(axis, names, [row["label"].replace("  ", "   ") for row in rows])
 
 
 def _bars(axis: Any, rows: list[dict[str, Any]], ours: str, memory: bool) -> None:

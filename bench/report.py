@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
+import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.table import Table
+
+from . import grid, targets
+from .names import GROUPS, SUITES, plain
 from .plot import draw
 from .suite import GRAPH, OURS, threads_text, time_text, write_text
 
@@ -13,87 +21,22 @@ BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 
-TITLES = {
-    "train_step": "A training step of a whole model (forward, backward, AdamW)",
-    "decode": "Generating one token after another",
-    "train_layer": "Forward and backward of one linear layer",
-    "forward": "Forward of one linear layer, from one token up",
-    "dequantize": "NF4 with double quantization to bf16",
-    "quantize": "bf16 to NF4 with double quantization",
-    "decode_absmax": "Double-quantized scales to float32",
-    "memory": "Peak memory of one forward and backward pass, weights not counted",
-}
-"""In the order in which the suites appear."""
-HEADLINES = ("train_step", "decode")
-"""Suites whose table is shown; the others fold theirs away below the picture."""
-NAMES = {
-    "dense": "frozen bf16 `nn.Linear`, no adapter",
-    "dense+peft": "bf16 + PEFT",
-    "torch": "plain torch",
-    "bnb": "bitsandbytes",
-    "bnb+peft": "bitsandbytes + PEFT",
-    "bnb+peft-autocast": "bitsandbytes + PEFT, bf16 autocast",
-    "bnb+peft-bf16": "bitsandbytes + PEFT, bf16 adapters",
-    "bnb-inference": "bitsandbytes repacked for inference, no adapter",
-    "bnb-inference+peft": "bitsandbytes repacked for inference + PEFT",
-    "lorafusion": "LoRAFusion on 16-bit weights",
-    "lorafusion-nf4": "LoRAFusion on weights dequantized by bitsandbytes",
-    "unsloth": "Unsloth",
-    "torchao": "torchao NF4",
-}
+INTRODUCTION = """A ratio is the time of the other over ours, both taken in one interleaved run: above 1 we are faster.  A cell
+goes from the worst line of a suite to its best, with the geometric mean, and is **bold** where we lose; of several settings of
+a rival the fastest on a line counts.  A layer without adapter computes less than ours, y and dx but not h, dA and dB: it is the
+limit.  Every output was compared with float64 before it was timed.  The method: [docs/benchmarks.md](docs/benchmarks.md)."""
 
 
 def load(folder: Path = RESULTS) -> list[tuple[Path, dict[str, Any]]]:
-    """All results, devices by name, suites in the order of TITLES."""
+    """All results, devices by name, suites in the order of SUITES."""
     found = [(path, json.loads(path.read_text())) for path in sorted(folder.rglob("*.json"))]
-    order = list(TITLES)
+    order = list(SUITES)
     return sorted(
         ((p, r) for p, r in found if r.get("suite") in order), key=lambda f: (f[1]["device"], order.index(f[1]["suite"]))
     )
 
 
-def section(results: list[tuple[Path, dict[str, Any]]], root: Path = ROOT) -> str:
-    """Markdown between the markers."""
-    parts = [
-        "A ratio is the time of the other over ours, both taken in one interleaved run: above 1 we are faster, below 1 slower. "
-        "Every output was compared with float64 first. `python -m bench run SUITE` repeats a table, `python -m bench report` "
-        "writes this section."
-    ]
-    device = None
-    for path, result in results:
-        if result["device"] != device:
-            device = result["device"]
-            parts.append(f"### {device}\n\n{_machine(result)}")
-        parts.append(_suite(path, result, root))
-    return "\n\n".join(parts)
-
-
-def _machine(result: dict[str, Any]) -> str:
-    versions = [
-        f"{n} {v}" for n, v in result["versions"].items() if v and n in ("torch", "triton", "bitsandbytes", "peft", "torchao")
-    ]
-    where = [threads_text(result)] if not result["driver"] else [f"driver {result['driver']}"]
-    if isa := result.get("isa"):
-        where.append(isa)
-    return f"{', '.join([*where, *versions])}; {result['date'][:10]}, commit {result['commit']}."
-
-
-def _suite(path: Path, result: dict[str, Any], root: Path) -> str:
-    title = TITLES[result["suite"]]
-    parts = [f"#### {title}"]
-    if result.get("quick"):
-        parts.append("**Quick run: too short to compare anything.**")
-    table = _table(result)
-    if result["suite"] in HEADLINES:
-        parts.append(table)
-    else:
-        picture = path.with_suffix(".png")
-        draw(result, picture)
-        if picture.exists():
-            parts.append(f"![{title}: ratio to each rival, by shape]({picture.relative_to(root).as_posix()})")
-        parts.append(_extremes(result))
-        parts.append(f"<details><summary>Table</summary>\n\n{table}\n\n</details>")
-    return "\n\n".join(p for p in parts if p)
+# ---- the overview: a row a suite
 
 
 def rivals(result: dict[str, Any]) -> list[str]:
@@ -103,44 +46,138 @@ def rivals(result: dict[str, Any]) -> list[str]:
     return graphs or names
 
 
-def _table(result: dict[str, Any]) -> str:
-    names = rivals(result)
-    ours = OURS + GRAPH if names and names[0].endswith(GRAPH) else OURS
-    memory = result["suite"] == "memory"
-    heads = ["", "ours", *(NAMES.get(n.removesuffix(GRAPH), n.removesuffix(GRAPH)) for n in names)]
-    if not memory:
-        heads.insert(2, "of ceiling")
-    lines = ["| " + " | ".join(heads) + " |", "| --- " + "| ---: " * (len(heads) - 1) + "|"]
-    for row in result["rows"]:
-        mine = row["entries"].get(ours, {"status": "not run"})
-        cells = [row["label"].replace("  ", " "), _ours(mine, memory)]
-        if not memory:
-            cells.append(f"{mine['of_ceiling']:.0%}" if "of_ceiling" in mine else "")
-        for name in names:
-            entry = row["entries"].get(name, {})
-            cells.append(f"{entry['ratio']['median']:.2f}x" if "ratio" in entry else entry.get("status", "").partition(":")[0])
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+def overview(results: Sequence[dict[str, Any]], strong: str) -> tuple[list[str], list[list[str]]]:
+    """Heading and rows; a worst ratio below 1 stands between two `strong`."""
+    results = [r for r in results if r["suite"] != "grid"]
+    groups = {text: names for text, names in GROUPS.items() if any(_worst_mean_best(r, names) for r in results)}
+    rows = []
+    for result in results:
+        cells = []
+        for names in groups.values():
+            found = _worst_mean_best(result, names)
+            if not found:
+                cells.append("")
+                continue
+            worst, mean, best = (f"{value:.2f}x" for value in found)
+            worst = f"{strong}{worst}{strong}" if found[0] < 1 else worst
+            cells.append(worst if len(result["rows"]) == 1 else f"{worst} to {best}, mean {mean}")
+        rows.append([SUITES[result["suite"]], _ours(result), *cells])
+    return ["", "ours", *groups], rows
 
 
-def _ours(entry: dict[str, Any], memory: bool) -> str:
+def _worst_mean_best(result: dict[str, Any], names: Sequence[str]) -> tuple[float, float, float] | None:
+    here = [name for name in rivals(result) if name.removesuffix(GRAPH) in names]
+    lines = [
+        [row["entries"][n]["ratio"]["median"] for n in here if "ratio" in row["entries"].get(n, {})] for row in result["rows"]
+    ]
+    fastest = [min(line) for line in lines if line]
+    if not fastest:
+        return None
+    return min(fastest), math.exp(statistics.fmean(map(math.log, fastest))), max(fastest)
+
+
+def _ours(result: dict[str, Any]) -> str:
+    """What ours does on a suite of one line; of more lines their number."""
+    if len(result["rows"]) != 1:
+        return f"{len(result['rows'])} lines"
+    row = result["rows"][0]
+    entry = row["entries"].get(OURS, {"status": "not run"})
     if entry["status"] != "ok":
-        return f"**{entry['status'].partition(':')[0]}**"
-    if memory:
+        return entry["status"].partition(":")[0]
+    if result["suite"] == "memory":
         return f"{entry['peak'] / 1e6:.0f} MB"
     text = time_text(entry["seconds"]["median"])
     return f"{text}, {entry['tokens/s']:.0f} tokens/s" if "tokens/s" in entry else text
 
 
+def show(results: Sequence[dict[str, Any]], console: Console) -> None:
+    heading, rows = overview(results, "")
+    console.print("[bold]worst to best ratio: above 1 ours is faster[/bold]")
+    table = Table(box=None, pad_edge=False)
+    for text in heading:
+        table.add_column(text)
+    for cells in rows:
+        table.add_row(*cells)
+    console.print(table, "")
+
+
+# ---- the README's section
+
+
+def section(results: Sequence[tuple[Path, dict[str, Any]]], root: Path = ROOT) -> str:
+    """Markdown between the markers."""
+    parts = [INTRODUCTION]
+    for device in dict.fromkeys(result["device"] for _, result in results):
+        here = [(path, result) for path, result in results if result["device"] == device]
+        parts += [f"### {device}", _machine([result for _, result in here]), _markdown(*overview([r for _, r in here], "**"))]
+        parts.append(_targets([result for _, result in here]))
+        parts += [_details(path, result, root) for path, result in here]
+    return "\n\n".join(parts)
+
+
+def _targets(results: list[dict[str, Any]]) -> str:
+    rows = targets.texts(results)
+    reached = sum(row[4] == "reached" for row in rows)
+    text = _markdown(targets.HEADING, rows)
+    summary = f"Targets, our time over theirs on the worst line: {reached} of {len(rows)} reached"
+    return f"<details><summary>{summary}</summary>\n\n{text}\n\n</details>"
+
+
+def _markdown(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines: list[Sequence[str]] = [heading, ["---", *["---:"] * (len(heading) - 1)], *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def _machine(results: Sequence[dict[str, Any]]) -> str:
+    """What the results of one device were taken with: more than one version, commit or date are all named."""
+
+    def all_of(values: Sequence[str]) -> str:
+        return " and ".join(dict.fromkeys(values))
+
+    first = results[0]
+    shown = ("torch", "triton", "bitsandbytes", "peft", "torchao", "unsloth", "lorafusion")
+    versions = {n: [r["versions"][n] for r in results if r["versions"].get(n)] for n in shown}
+    where = [f"driver {first['driver']}"] if first["driver"] else [all_of([threads_text(r) for r in results])]
+    if isa := first.get("isa"):
+        where.append(isa)
+    where += [f"{name} {all_of(values)}" for name, values in versions.items() if values]
+    text = f"{', '.join(where)}; {all_of([r['date'][:10] for r in results])}, {all_of([_code(r) for r in results])}."
+    if left := [f"{r['suite']} {line}" for r in results for line in r.get("left_out", [])]:
+        text += f" Not measured for lack of time: {'; '.join(left)}."
+    if quick := [r["suite"] for r in results if r.get("quick")]:
+        text += f" **Quick runs, too short to compare anything: {', '.join(quick)}.**"
+    return text
+
+
+def _code(result: dict[str, Any]) -> str:
+    commit = f"commit {result['commit']}" if result["commit"] else f"sources {result.get('sources', 'unknown')}"
+    return f"**{commit} with uncommitted changes**" if result.get("dirty") else commit
+
+
+def _details(path: Path, result: dict[str, Any], root: Path) -> str:
+    """Folded away: the picture, which holds every ratio, and the extremes of each rival."""
+    picture = path.with_suffix(".png")
+    draw(result, picture)
+    title = SUITES[result["suite"]]
+    parts = [f"<details><summary>{title}</summary>"]
+    if picture.exists():
+        parts.append(f"![{title}: ratio to each rival, by shape]({picture.relative_to(root).as_posix()})")
+    if result["suite"] == "grid":
+        parts += [
+            f"{matrix.title}:\n\n{_markdown(next(texts := matrix.texts()), list(texts))}" for matrix in grid.matrices(result)
+        ]
+    else:
+        parts.append(_extremes(result))
+    return "\n\n".join([*parts, "</details>"])
+
+
 def _extremes(result: dict[str, Any]) -> str:
-    lines = []
+    rows = []
     for name in rivals(result):
-        s, plain = result["summary"][name], NAMES.get(name.removesuffix(GRAPH), name.removesuffix(GRAPH))
-        worst, best = (s[f"{end}_at"].replace("  ", " ") for end in ("worst", "best"))
-        lines.append(
-            f"- over {plain}: worst **{s['worst']:.2f}x** ({worst}), mean {s['mean']:.2f}x, best **{s['best']:.2f}x** ({best})"
-        )
-    return "\n".join(lines)
+        s = result["summary"][name]
+        worst, best = (f"**{s[end]:.2f}x** {s[f'{end}_at']}".replace("  ", " ") for end in ("worst", "best"))
+        rows.append([plain(name), *([f"{s['mean']:.2f}x"] if len(result["rows"]) == 1 else [worst, f"{s['mean']:.2f}x", best])])
+    return _markdown(["over", "ratio"] if len(result["rows"]) == 1 else ["over", "worst", "mean", "best"], rows)
 
 
 def update(readme: Path, text: str) -> None:

@@ -7,6 +7,7 @@ contenders hold the same numbers).  It raises UnavailableError if its package is
 from __future__ import annotations
 
 import copy
+import functools
 import importlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -88,14 +89,18 @@ def dense(inputs: Inputs, W: Tensor) -> Layer:
 
 def torch_dequantize(qw: lk.QuantizedWeight, dtype: torch.dtype) -> Tensor:
     """What one writes in plain torch: a table of the two codes of every byte, one gather, one product."""
-    code = codebook(qw.quant_type).to(qw.device)
-    byte = torch.arange(256, device=qw.device)
-    pairs = torch.stack([code[byte >> 4], code[byte & 15]], dim=1)
     absmax = torch_decode_absmax(qw)
-    values = pairs[qw.codes().int()].view(-1)[: qw.numel]
+    values = _pairs(qw.quant_type, qw.device)[qw.codes().int()].view(-1)[: qw.numel]
     if qw.numel % qw.blocksize:
         return (values * absmax.repeat_interleave(qw.blocksize)[: qw.numel]).to(dtype).view(qw.shape)
     return (values.view(-1, qw.blocksize) * absmax.unsqueeze(1)).to(dtype).view(qw.shape)
+
+
+@functools.cache
+def _pairs(quant_type: str, device: torch.device) -> Tensor:
+    code = codebook(quant_type).to(device)
+    byte = torch.arange(256, device=device)
+    return torch.stack([code[byte >> 4], code[byte & 15]], dim=1)
 
 
 def torch_decode_absmax(qw: lk.QuantizedWeight) -> Tensor:
@@ -239,18 +244,21 @@ def torchao(inputs: Inputs, W: Tensor) -> Layer:
 
 
 def unsloth(inputs: Inputs, W: Tensor) -> Layer:
-    """Unsloth's `LoRA_W` over a bitsandbytes weight."""
-    fast_lora = rivals_gpu.unsloth()
-    base, (A, B), s = linear4bit(inputs.qw), _adapter(inputs), inputs.case.scaling
+    """Unsloth's `LoRA_W` over a bitsandbytes weight; for one token without gradients `fast_linear_forward`, its decoding."""
+    fast_lora, utils = rivals_gpu.unsloth()
+    proj = _peft(inputs, linear4bit(inputs.qw), autocast=False)
+    base, (A, B), s = proj.forward.base_layer, proj.leaves, inputs.case.scaling
 
     def forward(x: Tensor) -> Tensor:
-        return fast_lora.LoRA_W.apply(x.unsqueeze(0), base.weight, base.quant_state, A, B, s).squeeze(0)
+        if x.shape[0] == 1 and not torch.is_grad_enabled():
+            return utils.fast_linear_forward(proj.forward, x.unsqueeze(0)).squeeze(0)
+        return fast_lora.LoRA_W.apply(x.unsqueeze(0), base.weight, base.weight.quant_state, A, B, s).squeeze(0)
 
     return Layer(forward, (A, B), inputs.qw.nbytes)
 
 
 def unsloth_dequantize() -> Callable[..., Tensor]:
-    return rivals_gpu.unsloth().fast_dequantize
+    return rivals_gpu.unsloth()[1].fast_dequantize
 
 
 def lorafusion(dequantize: bool) -> Callable[[Inputs, Tensor], Layer]:

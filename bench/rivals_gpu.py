@@ -10,6 +10,7 @@ kernels themselves are untouched.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib
 import importlib.machinery
@@ -79,9 +80,16 @@ def _import(what: str, name: str, stubs: list[_Stub]) -> ModuleType:
         raise UnavailableError(f"{what} can't be imported: {type(e).__name__}: {e}") from None
 
 
+class _CurrentStreams:
+    """In place of the streams that Unsloth looks up once at import: with those its dequantization misses a CUDA graph."""
+
+    def __getitem__(self, device_index: int) -> ctypes.c_void_p:
+        return ctypes.c_void_p(torch.cuda.current_stream(device_index).cuda_stream)
+
+
 @functools.cache
-def unsloth() -> ModuleType:
-    """`unsloth.kernels.fast_lora`, which also holds `fast_dequantize` and `matmul_lora`."""
+def unsloth() -> tuple[ModuleType, ModuleType]:
+    """`unsloth.kernels.fast_lora` and `unsloth.kernels.utils`."""
     root = _root("UNSLOTH_PATH", "unsloth")
     if not torch.cuda.is_available():
         raise UnavailableError("runs on a GPU only")
@@ -107,7 +115,10 @@ def unsloth() -> ModuleType:
         _Stub("unsloth_zoo", root),
         _Stub("unsloth_zoo.utils", Version=lambda v: Version(str(v))),
     ]
-    return _import("unsloth", "unsloth.kernels.fast_lora", stubs)
+    fast_lora = _import("unsloth", "unsloth.kernels.fast_lora", stubs)
+    utils = sys.modules["unsloth.kernels.utils"]
+    utils.CUDA_STREAMS = _CurrentStreams()
+    return fast_lora, utils
 
 
 @functools.cache
@@ -129,4 +140,8 @@ def lorafusion() -> Callable[..., Tensor]:
         stubs.append(_Stub(f"{tiles}.tma_utils", HAS_TMA_DESC=False))
     if importlib.util.find_spec("loguru") is None:
         stubs.append(_Stub("loguru", logger=_Stub("logger")))
-    return _import("LoRAFusion", "lorafusion.ops.lora_v1", stubs).fused_linear_lora
+    fused = _import("LoRAFusion", "lorafusion.ops.lora_v1", stubs).fused_linear_lora
+    config = sys.modules["lorafusion.ops.triton_ops.config"]
+    if torch.cuda.get_device_capability()[0] >= 9:  # it knows GPUs by name: an H200 takes the H100's settings
+        config.HARDWARE_CONFIGS.setdefault(config.get_device_short_name(), config.H100_CONFIG)
+    return fused

@@ -6,8 +6,10 @@ import json
 import math
 import os
 import statistics
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +21,7 @@ from rich.table import Table
 
 from lora_kernels.testing import Results, error_floor, max_error, relative_error
 
-from .measure import Ceiling, Effort, Graph, Quartiles, Run, cache_bytes, ceiling, copies_of, environment, interleave, ratio
+from .measure import Ceiling, Effort, Graph, Quartiles, Run, cache_bytes, ceiling, copies_of, interleave, ratio
 
 OURS = "lora_kernels"
 FACTOR = {True: 2.0, False: 8.0}
@@ -28,6 +30,11 @@ FACTOR = {True: 2.0, False: 8.0}
 
 class UnavailableError(Exception):
     """A rival can't take part; the message says why."""
+
+
+def failure(e: Exception) -> str:
+    """Its type and the first line of its message."""
+    return ": ".join([type(e).__name__, *str(e).splitlines()[:1]])
 
 
 @dataclass
@@ -50,17 +57,27 @@ class Contender:
 
 
 class Line(ABC):
-    """One problem.  `names` lists its contenders, ours first."""
+    """One problem.
+
+    Attributes:
+        names: its contenders, ours first.
+        cold: whether the weights are out of the cache when they are used, those of every contender alike.
+        threads: CPU threads, where a line has its own number.
+    """
 
     suite: str
     label: str
     names: Sequence[str]
     device: torch.device
     quick: bool = False
+    cold: bool = True
+    threads: int | None = None
 
-    def copies(self, nbytes: int, most: int = 128) -> int:
-        """Copies of a weight, so that none is found in the cache; two in a quick run."""
-        return 2 if self.quick else copies_of(nbytes, self.device, most)
+    def copies(self, nbytes: int, other: int = 0) -> int:
+        """Copies of the weight, whose smallest form has `nbytes`, so that none is found in the cache; two in a quick run."""
+        n = 2 if self.quick else copies_of(nbytes, self.device, other)
+        self.cold = n * nbytes + other > cache_bytes(self.device)
+        return n
 
     @abstractmethod
     def build(self, name: str) -> Contender:
@@ -129,7 +146,7 @@ def prepare(line: Line, names: Sequence[str]) -> tuple[dict[str, Contender], dic
             status[name] = str(e)
             continue
         except Exception as e:  # a rival's failure is a result, ours too
-            status[name] = f"failed: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"
+            status[name] = f"failed: {failure(e)}"
             continue
         if wrong:
             status[name] = f"wrong: {wrong}"
@@ -149,9 +166,9 @@ def measure_line(line: Line, against: Sequence[str], effort: Effort, top: Ceilin
             try:
                 runs[graphed(name)] = Graph(contender.run, contender.copies)
             except Exception as e:
-                status[graphed(name)] = f"not capturable: {str(e).splitlines()[0] if str(e) else type(e).__name__}"
+                status[graphed(name)] = f"not capturable: {failure(e)}"
                 torch.cuda.synchronize()
-    times = interleave(runs, line.device, effort) if runs else {}
+    times = interleave(runs, line.device, effort, always=(OURS, graphed(OURS))) if runs else {}
     entries = {}
     for name in dict.fromkeys([*names, *runs, *status]):
         if name in status:
@@ -160,19 +177,23 @@ def measure_line(line: Line, against: Sequence[str], effort: Effort, top: Ceilin
         base = ours_for(name)
         plain_name = name.removesuffix(GRAPH)
         nbytes, flops = line.work(plain_name, ready[plain_name])
-        median = statistics.median(times[name])
-        detail = {"copies": ready[plain_name].copies, "weight_bytes": ready[plain_name].nbytes}
+        seconds = Quartiles.of(list(times[name].values()))
+        detail: dict[str, float] = {
+            "rounds": len(times[name]),
+            "copies": ready[plain_name].copies,
+            "weight_bytes": ready[plain_name].nbytes,
+        }
         if rate := line.rate():
-            detail[f"{rate[0]}/s"] = rate[1] / median
+            detail[f"{rate[0]}/s"] = rate[1] / seconds.median
         if nbytes:
-            detail["GB/s"] = nbytes / median / 1e9
+            detail["GB/s"] = nbytes / seconds.median / 1e9
         if flops:
-            detail["GFLOP/s"] = flops / median / 1e9
+            detail["GFLOP/s"] = flops / seconds.median / 1e9
         if nbytes or flops:
-            detail["of_ceiling"] = top.seconds(nbytes, flops) / median
+            detail["of_ceiling"] = top.seconds(nbytes, flops) / seconds.median
         entries[name] = Entry(
             "ok",
-            Quartiles.of(times[name]),
+            seconds,
             ratio(times[name], times[base]) if name != base and base in times else None,
             detail,
         )
@@ -201,17 +222,24 @@ def run_suite(
     against: Sequence[str],
     effort: Effort,
     console: Console,
+    env: dict[str, Any],
     quick: bool = False,
+    deadline: float = math.inf,
 ) -> dict[str, Any]:
-    """Measures every line, prints as it goes, and returns what belongs in the JSON file."""
-    top = ceiling(device, quick)
-    env = environment(device)
-    console.print(f"[bold]{suite}[/bold] on {env['device']}, {threads_text(env)}, backend {env['backend']}")
+    """Measures every line, prints as it goes, and returns what belongs in the JSON file.  `deadline`, in `time.monotonic`'s
+    seconds, is the moment after which no further line is begun."""
+    top = ceiling(device, torch.get_num_threads(), quick)
+    print_header(console, suite, env)
     console.print(f"measured ceilings: copy {top.copy / 1e9:.0f} GB/s, bf16 matrix product {top.gemm / 1e9:.0f} GFLOP/s")
-    rows = []
+    rows, left_out = [], []
     for line in lines:
-        entries = measure_line(line, against, effort, top)
-        rows.append({"label": line.label, **line.shape(), "entries": {n: _entry_json(e) for n, e in entries.items()}})
+        if time.monotonic() > deadline:
+            left_out.append(line.label)
+            continue
+        with _threads(line.threads):
+            entries = measure_line(line, against, effort, ceiling(device, torch.get_num_threads(), quick))
+        row = {"label": line.label, **line.shape(), "weights": "cold" if line.cold else "in cache"}
+        rows.append(row | {"entries": {n: _entry_json(e) for n, e in entries.items()}})
         _print_line(console, line, entries)
         line.release()
     result = {
@@ -220,10 +248,25 @@ def run_suite(
         "quick": quick,
         "ceiling": asdict(top),
         "rows": rows,
+        "left_out": left_out,
         "summary": summary(rows),
     }
     print_summary(console, result)
     return result
+
+
+@contextmanager
+def _threads(number: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(number or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def print_header(console: Console, suite: str, env: dict[str, Any]) -> None:
+    console.print(f"[bold]{suite}[/bold] on {env['device']}, {threads_text(env)}, backend {env['backend']}")
 
 
 def _entry_json(entry: Entry) -> dict[str, Any]:
@@ -290,25 +333,30 @@ def time_text(seconds: float) -> str:
     raise AssertionError
 
 
+_UNPRINTED = ("rounds", "copies", "weight_bytes")
+
+
 def _print_line(console: Console, line: Line, entries: dict[str, Entry]) -> None:
-    table = Table(title=f"{line.suite}  {line.label}", title_justify="left", title_style="bold", box=None, pad_edge=False)
-    columns = list(dict.fromkeys(k for e in entries.values() for k in e.detail if k not in ("copies", "weight_bytes")))
+    console.print(f"[bold]{line.suite}  {line.label}[/bold]{'' if line.cold else '  weights in cache'}", highlight=False)
+    table = Table(box=None, pad_edge=False)
+    columns = list(dict.fromkeys(k for e in entries.values() for k in e.detail if k not in _UNPRINTED))
     table.add_column("")
-    for heading in ("time", "ours is faster by", *(c.replace("_", " ") for c in columns), "weight"):
+    for heading in ("time", "ours is faster by", *(c.replace("_", " ") for c in columns)):
         table.add_column(heading, justify="right")
     for name, entry in entries.items():
-        if not entry.ok or not entry.seconds:
-            table.add_row(name, f"[red]{entry.status}[/red]" if name.startswith(OURS) else entry.status)
+        if not entry.seconds:
             continue
         cells = [time_text(entry.seconds.median)]
         cells.append(f"{entry.ratio.median:.2f}x  [{entry.ratio.q1:.2f}, {entry.ratio.q3:.2f}]" if entry.ratio else "")
         for column in columns:
             value = entry.detail.get(column)
             cells.append("" if value is None else f"{value:.0%}" if column == "of_ceiling" else number_text(value))
-        cold = line.device.type == "cuda" or entry.detail["copies"] * entry.detail["weight_bytes"] > cache_bytes(line.device)
-        cells.append("cold" if cold else "in cache")
         table.add_row(name, *cells, style="bold" if name.startswith(OURS) else None)
-    console.print(table, "")
+    console.print(table)
+    for name, entry in entries.items():
+        if not entry.ok:
+            console.print(f"{name}: {entry.status}", style="red" if name.startswith(OURS) else "dim", highlight=False)
+    console.print()
 
 
 def print_summary(console: Console, result: dict[str, Any]) -> None:
@@ -318,5 +366,7 @@ def print_summary(console: Console, result: dict[str, Any]) -> None:
         worst, best = f"{s['worst']:.2f}x ({s['worst_at']})", f"{s['best']:.2f}x ({s['best_at']})"
         where = f"{s['worst']:.2f}x" if len(result["rows"]) == 1 else f"worst {worst}, mean {s['mean']:.2f}x, best {best}"
         console.print(f"  than {name}: {where}", highlight=False)
+    if left := result.get("left_out"):
+        console.print(f"[red]not measured, the time was up: {'; '.join(left)}[/red]")
     for bad in wrong_lines(result):
         console.print(f"[red]lora_kernels is wrong and was not timed: {bad}[/red]")

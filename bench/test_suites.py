@@ -6,6 +6,7 @@ within one interleaved run, which `python -m bench run` reports, are the more tr
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from . import bench_layer, bench_weight
-from .suite import OURS, Line, prepare
+from .suite import OURS, Contender, Line, prepare
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SUITES = (*bench_weight.CLASSES, "forward", "train_layer")
@@ -32,19 +33,22 @@ PROBLEMS = [
 ]
 
 
-@pytest.mark.parametrize(("line", "name"), PROBLEMS)
-def test_contender(line: Line, name: str, benchmark: Any) -> None:
+def contender(line: Line, name: str) -> Contender:
+    """Built and judged; fails the test if its result is wrong, skips it if it can't take part."""
     ready, status = prepare(line, [name])
     if name not in ready:
         if name == OURS or status[name].startswith(("wrong", "failed")):
             pytest.fail(f"{name}: {status[name]}")
         pytest.skip(f"{name}: {status[name]}")
-    contender, calls = ready[name], 0
+    return ready[name]
+
+
+@pytest.mark.parametrize(("line", "name"), PROBLEMS)
+def test_contender(line: Line, name: str, benchmark: Any) -> None:
+    run, calls = contender(line, name).run, itertools.count()
 
     def call() -> Any:
-        nonlocal calls
-        calls += 1
-        result = contender.run(calls)
+        result = run(next(calls))
         if DEVICE.type == "cuda":
             torch.cuda.synchronize()
         return result

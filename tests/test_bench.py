@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
+import time
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,11 +18,26 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 pytest.importorskip("typer")
 pytest.importorskip("matplotlib")
 
+from rich.console import Console
 from typer.testing import CliRunner
 
 import lora_kernels as lk
-from bench import bench_layer, bench_model, bench_weight, cases, cli, compile_check, measure, report, tune
-from bench.suite import OURS, measure_line, summary
+from bench import (
+    bench_layer,
+    bench_model,
+    bench_weight,
+    cases,
+    cli,
+    compile_check,
+    grid,
+    measure,
+    report,
+    suite,
+    targets,
+    test_suites,
+    tune,
+)
+from bench.suite import OURS, measure_line, run_suite, summary
 from lora_kernels.backends import reference
 
 CPU = torch.device("cpu")
@@ -36,8 +53,24 @@ def few_threads() -> Any:
     torch.set_num_threads(before)
 
 
+@pytest.fixture(autouse=True)
+def same_allocator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It can't be told back, and other tests in this process measure memory."""
+    monkeypatch.setattr(cli, "keep_freed_memory", lambda: False)
+
+
 def invoke(*args: str) -> Any:
     return CliRunner().invoke(cli.app, list(args))
+
+
+def entries(**ratios: float) -> dict[str, Any]:
+    """Of a row of a result."""
+    ours = {OURS: {"status": "ok", "seconds": {"median": 1e-3}, "of_ceiling": 0.5}}
+    return ours | {name: {"status": "ok", "ratio": {"median": value}} for name, value in ratios.items()}
+
+
+def result_of(suite: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"suite": suite, "driver": None, "rows": rows, "summary": summary(rows)}
 
 
 # ---- wrong results
@@ -113,37 +146,111 @@ def test_wrong_gradient_in_a_model_is_refused(monkeypatch: pytest.MonkeyPatch) -
     assert "gradients" in wrong
 
 
+@pytest.mark.parametrize(("line", "name"), test_suites.PROBLEMS)
+def test_every_contender_is_right(line: Any, name: str) -> None:
+    """What `pytest bench` times, once and untimed."""
+    test_suites.contender(line, name)
+    line.release()
+
+
 # ---- numbers
 
 
-def test_ratio_is_taken_within_a_round() -> None:
-    ours, theirs = [1.0, 10.0, 2.0], [2.0, 20.0, 4.0]
+def test_ratio_is_taken_within_the_rounds_that_both_took_part_in() -> None:
+    ours, theirs = {0: 1.0, 1: 10.0, 2: 2.0, 3: 1.0}, {0: 2.0, 2: 4.0, 3: 2.0}
     assert measure.ratio(theirs, ours) == measure.Quartiles(2.0, 2.0, 2.0)
 
 
 def test_interleave_takes_turns() -> None:
     order: list[str] = []
     runs = {name: lambda i, name=name: order.append(name) for name in "ab"}
-    effort = measure.Effort(0.0, 4, 4, 0.0)
+    effort = measure.Effort(0.0, 4, 4, 0.0, slow_rounds=4)
     times = measure.interleave(runs, CPU, effort)
     assert "".join(order) == "aabb" + "abba" * 2
-    assert all(len(t) == 4 for t in times.values())
+    assert all(list(t) == [0, 1, 2, 3] for t in times.values())
+
+
+def test_a_slow_contender_takes_part_in_fewer_rounds_ours_in_all() -> None:
+    wait = {OURS: 0.02, "fast": 0.001, "slow": 0.02}
+    runs = {name: lambda i, s=s: time.sleep(s) for name, s in wait.items()}
+    times = measure.interleave(runs, CPU, measure.Effort(0.0, 9, 9, 0.0, slow_rounds=3), always=(OURS,))
+    assert {name: len(t) for name, t in times.items()} == {OURS: 9, "fast": 9, "slow": 3}
+    assert list(times["slow"]) == [2, 5, 8]  # spread over the whole time
+
+
+def test_weights_of_every_contender_are_cold_or_of_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "cache_bytes", lambda device: 1 << 20)
+    monkeypatch.setattr(bench_layer, "cache_bytes", lambda device: 1 << 20)
+    monkeypatch.setattr(suite, "cache_bytes", lambda device: 1 << 20)
+    for case, cold in ((cases.case(4, 256, 256), True), (cases.case(128, 128, 128), False)):
+        line = bench_layer.Forward(case, CPU)
+        copies = {name: line.build(name).copies for name in (OURS, "dense", "torch")}
+        assert len(set(copies.values())) == 1
+        assert line.cold == cold
+        smallest = line.inputs.qw.nbytes
+        largest = line.weight.nbytes
+        assert copies[OURS] * smallest > 2 << 20 if cold else copies[OURS] * largest < 1 << 19
+
+
+def test_no_line_is_begun_after_the_deadline() -> None:
+    lines = bench_weight.lines("dequantize", CPU, quick=True)
+    env = measure.environment(CPU)
+    result = run_suite("dequantize", lines, CPU, ["torch"], measure.QUICK, Console(quiet=True), env, True, time.monotonic())
+    assert result["rows"] == []
+    assert result["left_out"] == [line.label for line in lines]
+
+
+def test_environment_names_what_a_result_depends_on() -> None:
+    env = measure.environment(CPU)
+    assert env["device"]
+    assert env["versions"]["torch"] == torch.__version__
+    assert len(env["sources"]) == 12
+    assert isinstance(env["dirty"], bool)
 
 
 def test_summary_names_worst_and_best() -> None:
-    def row(label: str, value: float) -> dict[str, Any]:
-        return {"label": label, "entries": {OURS: {"status": "ok"}, "dense": {"status": "ok", "ratio": {"median": value}}}}
-
-    got = summary([row("a", 0.5), row("b", 2.0)])["dense"]
+    got = summary([{"label": "a", "entries": entries(dense=0.5)}, {"label": "b", "entries": entries(dense=2.0)}])["dense"]
     assert (got["worst"], got["worst_at"], got["best"], got["best_at"]) == (0.5, "a", 2.0, "b")
     assert got["mean"] == pytest.approx(1.0)
+
+
+def test_overview_takes_the_fastest_setting_of_a_rival_and_marks_a_loss() -> None:
+    rows = [
+        {"label": "a", "entries": entries(dense=0.5) | entries(**{"bnb+peft": 3.0, "bnb+peft-autocast": 2.0})},
+        {"label": "b", "entries": entries(dense=2.0) | entries(**{"bnb+peft": 8.0, "bnb+peft-autocast": 9.0})},
+    ]
+    heading, [cells] = report.overview([result_of("train_layer", rows)], "**")
+    found = dict(zip(heading, cells, strict=True))
+    assert found["ours"] == "2 lines"
+    assert found["bf16 nn.Linear, no adapter"] == "**0.50x** to 2.00x, mean 1.00x"
+    assert found["bitsandbytes (+ PEFT), best setting"] == "2.00x to 8.00x, mean 4.00x"
+    assert "Unsloth" not in found
+
+
+def test_targets_are_decided_by_the_worst_line() -> None:
+    rows = [
+        {"label": f"4096x4096  M={M}", "M": M, "N": 4096, "K": 4096, "r": 16, "entries": entries(dense=ratio)}
+        for M, ratio in ((16, 2.0), (512, 1.25), (2048, 1.0))
+    ]
+    verdicts = [v for v in targets.check([result_of("train_layer", rows)]) if v.measured is not None]
+    assert [(v.target.most, v.measured, v.reached) for v in verdicts] == [(0.75, 0.5, True), (0.95, 1.0, False)]
+    assert verdicts[1].at == "4096x4096 M=2048"
+
+
+def test_grid_has_a_cell_for_every_shape_and_number_of_tokens() -> None:
+    rows = [
+        {"what": "forward", "threads": 1, "N": N, "K": 8, "M": M, "label": "", "entries": entries(dense=M / N)}
+        for N, M in ((4, 1), (4, 2), (5, 2))
+    ]
+    [matrix] = grid.matrices(result_of("grid", rows))
+    assert list(matrix.texts()) == [["", "M=1", "M=2"], ["4x8", "0.25x", "0.50x"], ["5x8", "", "0.40x"]]
 
 
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
 def test_every_device_has_cases(kind: str) -> None:
     device = torch.device(kind)
-    for suite in (cases.forward, cases.train_layer, cases.memory):
-        assert len({c.id for c in suite(device)}) == len(suite(device)) > 0
+    for of in (cases.forward, cases.train_layer, cases.memory):
+        assert len({c.id for c in of(device)}) == len(of(device)) > 0
     assert cases.weights(device)
 
 
@@ -152,12 +259,13 @@ def test_every_device_has_cases(kind: str) -> None:
 
 def test_run_writes_results_that_report_reads(tmp_path: Path) -> None:
     out, readme = tmp_path / "results" / "cpu", tmp_path / "README.md"
-    args = ("--quick", "--against", "torch,dense", "--json", str(out), "--plot", str(out))
-    for suite in ("dequantize", "forward"):
-        done = invoke("run", suite, *(a.replace("torch,dense", "torch") for a in args))
+    args = ("--quick", "--against", "torch", "--json", str(out), "--plot", str(out))
+    for name in ("dequantize", "forward"):
+        done = invoke("run", name, *args)
         assert done.exit_code == 0, done.output
     result = json.loads((out / "forward.json").read_text())
-    assert {"device", "driver", "versions", "threads", "commit", "date", "backend", "ceiling", "rows", "summary"} <= set(result)
+    expected = {"device", "driver", "versions", "threads", "commit", "dirty", "date", "backend", "ceiling", "rows", "summary"}
+    assert expected <= set(result)
     entry = result["rows"][0]["entries"]["torch"]
     assert entry["seconds"]["median"] > 0
     assert entry["ratio"]["q1"] <= entry["ratio"]["median"] <= entry["ratio"]["q3"]
@@ -167,10 +275,14 @@ def test_run_writes_results_that_report_reads(tmp_path: Path) -> None:
     for _ in range(2):
         done = invoke("report", "--readme", str(readme), "--results", str(tmp_path / "results"))
         assert done.exit_code == 0, done.output
+    done = invoke("targets", "--results", str(tmp_path / "results"))
+    assert done.exit_code == 0, done.output
+    assert "not measured" in done.output
+
     text = readme.read_text()
     assert text.startswith("before\n")
     assert text.endswith(f"{report.END}\nafter\n")
-    assert "old" not in text
+    assert "\nold\n" not in text
     assert "results/cpu/dequantize.png" in text
     assert "plain torch" in text
 
@@ -192,6 +304,9 @@ BAD = [
     (("profile", "dequantize", "1x2"), "SHAPE must be MxNxK"),
     (("tune", "--device", "cpu"), "needs a CUDA GPU"),
     (("report", "--results", "no/such/folder"), "no results in"),
+    (("targets", "--device", "abacus"), "no results in"),
+    (("run", "decode_absmax", "memory", "--quick", "--only", "7x7"), "no line contains '7x7'"),
+    (("run", "decode_absmax", "--save", "--only", "576x576"), "--save replaces the results of whole suites"),
 ]
 
 
@@ -212,6 +327,110 @@ def test_no_gpu_is_said(args: tuple[str, ...]) -> None:
     done = invoke(*args)
     assert done.exit_code == 2
     assert "finds no CUDA GPU" in done.stderr
+
+
+# ---- the CUDA method, with stand-ins for the parts that need a GPU
+
+
+class Event:
+    """A clock that advances by what `tick` says."""
+
+    now = 0.0
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        self.at = Event.now
+
+    def elapsed_time(self, end: Event) -> float:
+        return end.at - self.at
+
+
+def tick(i: int) -> None:
+    Event.now += (2.0, 3.0, 10.0)[i % 3]
+
+
+def test_cuda_events_give_the_median_and_the_cache_is_flushed(monkeypatch: pytest.MonkeyPatch) -> None:
+    flushed = []
+    buffer = SimpleNamespace(zero_=lambda: flushed.append(Event.now))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch, "empty", lambda *size, **options: buffer)
+    timer = measure._cuda_timer(CPU)
+    assert timer(tick, 0, 3) == pytest.approx(3e-3)
+    assert len(flushed) == 3
+
+
+@pytest.fixture
+def capture(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A graph whose replay runs `capture.replay`."""
+    graph = SimpleNamespace(replay=lambda: None)
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    for name, value in {
+        "Stream": lambda: stream,
+        "current_stream": lambda: stream,
+        "stream": lambda s: contextlib.nullcontext(),
+        "graph": lambda g: contextlib.nullcontext(),
+        "synchronize": lambda *device: None,
+        "CUDAGraph": lambda: graph,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    return graph
+
+
+def test_a_graph_holds_a_call_for_each_copy_and_its_result_is_compared(capture: Any) -> None:
+    outs: list[torch.Tensor] = []
+
+    def run(i: int) -> torch.Tensor:
+        outs.append(torch.full((3,), float(i + 1)))
+        return outs[-1]
+
+    capture.replay = lambda: outs[-1].fill_(4.0)
+    assert measure.Graph(run, 4).calls == 4
+    assert len(outs) == 3 + 4 + 1  # warm-up, capture, comparison
+
+    capture.replay = lambda: None
+    with pytest.raises(RuntimeError, match="a replay gives another result"):
+        measure.Graph(run, 4)
+
+
+def test_a_graphed_contender_is_compared_with_ours_graphed(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Line(suite.Line):
+        suite, label, names, device = "forward", "8x8  M=1  r=16", (OURS, "dense", "torch"), torch.device("cuda")
+
+        def build(self, name: str) -> suite.Contender:
+            return suite.Contender(lambda i: time.sleep(2e-3 if name == "dense" else 1e-3), dict, 1)
+
+        def judge(self, name: str, got: Any) -> None:
+            return None
+
+    class Graph:
+        calls = 1
+
+        def __init__(self, run: Any, copies: int) -> None:
+            if made := getattr(Graph, "made", 0):
+                assert made < 2, "no capture for the third"
+            Graph.made = made + 1
+
+        def __call__(self, i: int) -> None:
+            time.sleep(1e-3)
+
+    for module in (measure, suite):
+        monkeypatch.setattr(module, "Graph", Graph)
+    monkeypatch.setattr(measure, "_cuda_timer", lambda device: measure._cpu_timer)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    got = measure_line(Line(), ["dense", "torch"], measure.QUICK, TOP)
+    assert got["dense"].ratio.median > 1.5 > got["dense (graph)"].ratio.median
+    assert got[f"{OURS} (graph)"].ratio is None
+    assert got["torch (graph)"].status == "not capturable: AssertionError: no capture for the third"
+    rows = [{"label": "8x8", "entries": {n: suite._entry_json(e) for n, e in got.items()}}]
+    assert report.rivals(result_of("forward", rows)) == ["dense (graph)"]
+
+
+def test_folder_of_a_gpu() -> None:
+    assert cli.device_slug(torch.device("cuda"), "NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
+    assert cli.device_slug(CPU, "AMD EPYC") == "cpu"
 
 
 # ---- tuner and compile-check, without a GPU
