@@ -5,6 +5,8 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 MODEL := demo/SmolLM2-135M-Instruct
 INSTALLED := .venv/.installed
+# These targets run on the CPU, and the CUDA code takes minutes to compile: `make gpu` is for machines that need it.
+export LORA_KERNELS_BUILD ?= cpu
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
 .PHONY: demo test lint format bench gpu clean
@@ -23,7 +25,7 @@ bench: $(INSTALLED)
 # On a GPU machine, in the Python that has its torch and Triton.  A failed test does not keep the suites from running: they
 # refuse what is wrong on their own.  Results are files under bench/results/, the table of all suites and targets comes last.
 gpu:
-	status=0; $(PYTHON) -m pytest -q tests/test_triton.py tests/test_qlora_linear.py || status=$$?; \
+	status=0; $(PYTHON) -m pytest -q tests/test_gpu.py tests/test_triton.py || status=$$?; \
 	$(PYTHON) -m bench run all --device cuda --minutes 5.5 --save || status=$$?; exit $$status
 
 lint: $(INSTALLED)
@@ -32,7 +34,7 @@ lint: $(INSTALLED)
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
-	find csrc -name '*.cpp' -o -name '*.h' | xargs $(BIN)/clang-format -i
+	find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format -i
 
 $(INSTALLED): $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

@@ -19,13 +19,15 @@ except ImportError as e:
 
 import torch
 
+from lora_kernels.allocator import keep_freed_memory
+
 from . import bench_layer, bench_memory, bench_model, bench_weight, cases, grid, profile_op
 from . import compile_check as compile_check_
 from . import report as report_
 from . import resources as resources_
 from . import targets as targets_
 from . import tune as tune_
-from .measure import QUICK, Effort, environment, keep_freed_memory
+from .measure import QUICK, Effort, environment
 from .plot import draw
 from .suite import OURS, Line, run_suite, write_json, wrong_lines
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import datetime
 import functools
 import gc
@@ -217,19 +216,6 @@ def ceiling(device: torch.device, threads: int, quick: bool = False) -> Ceiling:
     )
     copy, gemm = (min(times[n].values()) for n in ("copy", "gemm"))  # what can be reached, not what usually is
     return Ceiling(2 * nbytes / copy, 2 * size**3 / gemm, size)
-
-
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
-
-
-def keep_freed_memory() -> bool:
-    """Makes the C allocator keep what is freed, for good, as caching allocators do; False where it can't be told to.
-
-    glibc gives a tensor of 32 MiB or more back to the system when it is freed, and the next one is paged in anew.  That can
-    take longer than to decode the weight it holds: it would hide what is compared, and flatter who needs no such tensor.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    return mallopt is not None and bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, -1))
 
 
 PACKAGES = ("torch", "triton", "bitsandbytes", "kernels", "peft", "transformers", "torchao", "unsloth")

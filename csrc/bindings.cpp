@@ -1,8 +1,15 @@
 // The Python module lora_kernels._C: unpacks tensors, allocates outputs, releases the GIL.  No maths here.
+#include "bindings.h"
+
 #include <ATen/ATen.h>
+#include <c10/core/DeviceGuard.h>
+#include <c10/core/GradMode.h>
+#include <torch/csrc/Exceptions.h>
 #include <torch/csrc/utils/pybind.h>
 #include <torch/version.h>
 
+#include <map>
+#include <mutex>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -16,8 +23,6 @@
 namespace lora_kernels {
 namespace {
 
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 namespace py = pybind11;
 
 DType dtype_of(const Tensor& t) {
@@ -42,41 +47,100 @@ QuantType quant_type_of(const std::string& name) {
 
 Dense dense(const OptionalTensor& t) { return t ? Dense{t->data_ptr(), dtype_of(*t)} : Dense{nullptr, DType::f32}; }
 
-// Holds the tensors of a weight, contiguous, while an op reads them.
+// Contiguous and, for the 16-byte accesses of CUDA kernels, aligned.
+Tensor aligned(const Tensor& t) {
+  const Tensor c = t.contiguous();
+  return c.is_cuda() && reinterpret_cast<uintptr_t>(c.const_data_ptr()) % 16 ? c.clone() : c;
+}
+
+OptionalTensor aligned(const OptionalTensor& t) { return t ? OptionalTensor(aligned(*t)) : std::nullopt; }
+
+#ifdef LORA_KERNELS_CUDA
+
+// What an op on a CUDA device gets besides its arguments; makes that device the current one as long as it lives.
+class CudaCall {
+ public:
+  explicit CudaCall(const Tensor& t) : guard_(t.device()), bytes_(t.options().dtype(at::kByte)) {
+    cuda::set_device(t.device().index());
+    void* stream = c10::impl::VirtualGuardImpl(at::kCUDA).getStream(t.device()).native_handle();
+    context_ = {stream, [this](int64_t n) { return workspace(n); }, counters(t, stream)};
+  }
+  CudaCall(const CudaCall&) = delete;
+  const cuda::Context& operator*() const { return context_; }
+
+ private:
+  // Freed with this object: the caching allocator hands memory to later work of the same stream only.
+  void* workspace(int64_t n) {
+    workspaces_.push_back(at::empty({n}, bytes_));
+    return workspaces_.back().data_ptr();
+  }
+
+  static int32_t* counters(const Tensor& t, void* stream) {
+    static std::mutex mutex;
+    static auto* of_stream = new std::map<std::pair<int, void*>, Tensor>;  // never destroyed: CUDA may be gone by then
+    const std::lock_guard lock(mutex);
+    Tensor& zeros = (*of_stream)[{t.device().index(), stream}];
+    if (!zeros.defined()) zeros = at::zeros({cuda::COUNTERS}, t.options().dtype(at::kInt));
+    return zeros.data_ptr<int32_t>();
+  }
+
+  c10::DeviceGuard guard_;
+  at::TensorOptions bytes_;
+  std::vector<Tensor> workspaces_;
+  cuda::Context context_;
+};
+
+#endif
+
+// Runs on_cuda(context) or on_cpu(), as the place of `t` says.
+template <class Cuda, class Cpu>
+void run(const Tensor& t, [[maybe_unused]] Cuda&& on_cuda, Cpu&& on_cpu) {
+#ifdef LORA_KERNELS_CUDA
+  if (t.is_cuda()) {
+    const CudaCall call(t);
+    return on_cuda(*call);
+  }
+#endif
+  if (!t.is_cpu()) throw std::invalid_argument("the extension has no code for " + t.device().str() + " tensors");
+  on_cpu();
+}
+
+// Holds the tensors of a weight while an op reads them.
 class PackedWeight {
  public:
   PackedWeight(const Tensor& packed, const Tensor& absmax, const OptionalTensor& absmax2, const OptionalTensor& code2,
                const OptionalTensor& offset, int64_t N, int64_t K, const std::string& quant_type, int64_t blocksize)
-      : packed_(packed.contiguous()), absmax_(absmax.contiguous()) {
-    weight_ = {packed_.const_data_ptr<uint8_t>(), nullptr, nullptr, nullptr, nullptr, 0, N, K, blocksize,
-               quant_type_of(quant_type)};
+      : packed_(aligned(packed)), absmax_(aligned(absmax)) {
+    weight_ = {{static_cast<const uint8_t*>(packed_.const_data_ptr()), nullptr, nullptr, nullptr, nullptr, 0, N, K, blocksize,
+                quant_type_of(quant_type)},
+               nullptr};
     if (absmax2) {
-      absmax2_ = absmax2->contiguous();
-      code2_ = code2.value().contiguous();
+      absmax2_ = aligned(*absmax2);
+      code2_ = aligned(code2.value());
+      offset_ = offset.value();
       weight_.absmax_u8 = absmax_.const_data_ptr<uint8_t>();
       weight_.absmax2 = absmax2_.const_data_ptr<float>();
       weight_.code2 = code2_.const_data_ptr<float>();
-      weight_.offset = *offset.value().const_data_ptr<float>();
+      weight_.offset = offset_.const_data_ptr<float>();
+      if (!offset_.is_cuda()) weight_.lora_kernels::Weight::offset = *weight_.offset;
     } else {
       weight_.absmax = absmax_.const_data_ptr<float>();
     }
   }
-  const Weight& operator*() const { return weight_; }
-  const Weight* operator->() const { return &weight_; }
+  const cuda::Weight& operator*() const { return weight_; }
+  const cuda::Weight* operator->() const { return &weight_; }
 
  private:
-  Tensor packed_, absmax_, absmax2_, code2_;
-  Weight weight_;
+  Tensor packed_, absmax_, absmax2_, code2_, offset_;
+  cuda::Weight weight_;
 };
 
-Adapter adapter(const OptionalTensor& A, const OptionalTensor& B, double scaling, double dropout_p,
-                const OptionalTensor& seed) {
-  return {dense(A),
-          dense(B),
-          A ? A->size(0) : 0,
-          static_cast<float>(scaling),
-          A ? dropout_p : 0.0,
-          A && dropout_p > 0 ? static_cast<uint64_t>(*seed.value().const_data_ptr<int64_t>()) : 0};
+cuda::Adapter adapter(const OptionalTensor& A, const OptionalTensor& B, double scaling, double dropout_p,
+                      const OptionalTensor& seed) {
+  const bool dropout = A && dropout_p > 0;
+  const int64_t* key = dropout ? seed.value().const_data_ptr<int64_t>() : nullptr;
+  const uint64_t key_on_cpu = dropout && !seed->is_cuda() ? static_cast<uint64_t>(*key) : 0;
+  return {{dense(A), dense(B), A ? A->size(0) : 0, static_cast<float>(scaling), dropout ? dropout_p : 0.0, key_on_cpu}, key};
 }
 
 using Quantized = std::tuple<Tensor, Tensor, OptionalTensor, OptionalTensor>;
@@ -85,75 +149,150 @@ using Quantized = std::tuple<Tensor, Tensor, OptionalTensor, OptionalTensor>;
 Quantized quantize(const Tensor& weight, const std::string& quant_type, int64_t blocksize, const OptionalTensor& code2) {
   const QuantType type = quant_type_of(quant_type);
   const DType dtype = dtype_of(weight);
-  py::gil_scoped_release no_gil;
   const Tensor w = weight.contiguous();
   const int64_t n_blocks = (w.numel() + blocksize - 1) / blocksize;
   const auto f32 = w.options().dtype(at::kFloat), u8 = w.options().dtype(at::kByte);
   Tensor packed = at::empty({(w.numel() + 1) / 2}, u8), absmax = at::empty({n_blocks}, f32);
-  if (!cpu::quantize({w.data_ptr(), dtype}, w.numel(), type, blocksize, packed.data_ptr<uint8_t>(), absmax.data_ptr<float>()))
-    throw std::invalid_argument("weight contains NaN or infinity");
+  const auto arguments = std::make_tuple(Dense{w.data_ptr(), dtype}, w.numel(), type, blocksize, packed.data_ptr<uint8_t>(),
+                                         absmax.data_ptr<float>());
+  bool finite = true;
+  run(
+      w,
+      [&](const auto& context) {
+        const Tensor bad = at::zeros({1}, w.options().dtype(at::kInt));
+        std::apply([&](auto... a) { cuda::quantize(context, a..., bad.data_ptr<int32_t>()); }, arguments);
+        finite = bad.item<int32_t>() == 0;
+      },
+      [&] { finite = std::apply(cpu::quantize, arguments); });
+  if (!finite) throw std::invalid_argument("weight contains NaN or infinity");
   if (!code2) return {packed, absmax, std::nullopt, std::nullopt};
   const Tensor offset = absmax.mean();  // torch's order of summation is part of the format
   Tensor absmax_u8 = at::empty({n_blocks}, u8), absmax2 = at::empty({(n_blocks + 255) / 256}, f32);
-  cpu::quantize_absmax(absmax.const_data_ptr<float>(), n_blocks, *offset.const_data_ptr<float>(),
-                       code2->contiguous().const_data_ptr<float>(), absmax_u8.data_ptr<uint8_t>(), absmax2.data_ptr<float>());
+  const Tensor code = code2->to(w.device()).contiguous();
+  const float *scales = absmax.const_data_ptr<float>(), *mean = offset.const_data_ptr<float>(),
+              *map = code.const_data_ptr<float>();
+  uint8_t* indices = absmax_u8.data_ptr<uint8_t>();
+  float* scales2 = absmax2.data_ptr<float>();
+  run(
+      w, [&](const auto& context) { cuda::quantize_absmax(context, scales, n_blocks, mean, map, indices, scales2); },
+      [&] { cpu::quantize_absmax(scales, n_blocks, *mean, map, indices, scales2); });
   return {packed, absmax_u8, absmax2, offset};
 }
 
 Tensor decode_absmax(const Tensor& absmax, const Tensor& absmax2, const Tensor& code2, const Tensor& offset) {
-  py::gil_scoped_release no_gil;
   const PackedWeight w(absmax, absmax, absmax2, code2, offset, 1, absmax.numel(), "nf4", 1);
   Tensor out = at::empty({absmax.numel()}, absmax.options().dtype(at::kFloat));
-  cpu::decode_absmax(*w, out.data_ptr<float>());
+  float* target = out.data_ptr<float>();
+  run(out, [&](const auto& context) { cuda::decode_absmax(context, *w, target); }, [&] { cpu::decode_absmax(*w, target); });
   return out;
 }
 
 Tensor dequantize(const Tensor& packed, const Tensor& absmax, const OptionalTensor& absmax2, const OptionalTensor& code2,
                   const OptionalTensor& offset, const std::vector<int64_t>& shape, const std::string& quant_type,
                   int64_t blocksize, at::ScalarType dtype) {
-  py::gil_scoped_release no_gil;
   Tensor out = at::empty(shape, packed.options().dtype(dtype));
   const PackedWeight w(packed, absmax, absmax2, code2, offset, 1, out.numel(), quant_type, blocksize);
-  cpu::dequantize(*w, dtype_of(out), out.data_ptr());
+  const DType target = dtype_of(out);
+  run(
+      out, [&](const auto& context) { cuda::dequantize(context, *w, 0, w->numel(), target, out.data_ptr()); },
+      [&] { cpu::dequantize(*w, target, out.data_ptr()); });
   return out;
 }
 
-std::tuple<Tensor, Tensor> qlora_linear(const Tensor& x, const Tensor& packed, const Tensor& absmax,
-                                        const OptionalTensor& absmax2, const OptionalTensor& code2,
-                                        const OptionalTensor& offset, const std::vector<int64_t>& shape,
-                                        const std::string& quant_type, int64_t blocksize, const OptionalTensor& lora_A,
-                                        const OptionalTensor& lora_B, double scaling, const OptionalTensor& bias,
+// Many rows of 16-bit elements are faster multiplied by the library, for which the weight is decoded to memory, in panels of so
+// many bytes at most.  Reckoned, not measured: a tile of csrc/cuda at half the speed of the library breaks even near these
+// rows.
+constexpr int64_t LIBRARY_ROWS = 256, PANEL_BYTES = 64 << 20;
+
+bool by_library(const Tensor& x, int64_t M) { return x.is_cuda() && x.element_size() == 2 && M > LIBRARY_ROWS; }
+
+// f(begin, end, rows [begin, end) of the weight) for all of it, `like` of the dtype and device.
+template <class F>
+void for_each_panel(const cuda::Context& context, const cuda::Weight& w, const Tensor& like, F&& f) {
+  const c10::NoGradGuard no_grad;
+  const int64_t fitting = PANEL_BYTES / (w.K * like.element_size());
+  const int64_t rows = std::max<int64_t>(32, fitting / 32 * 32);  // cuda::dequantize begins at multiples of 32 elements
+  const Tensor panel = at::empty({std::min(rows, w.N), w.K}, like.options());
+  for (int64_t begin = 0; begin < w.N; begin += rows) {
+    const int64_t end = std::min(w.N, begin + rows);
+    cuda::dequantize(context, w, begin * w.K, end * w.K, dtype_of(panel), panel.data_ptr());
+    f(begin, end, panel.narrow(0, 0, end - begin));
+  }
+}
+
+int64_t rows(const Tensor& t) { return c10::multiply_integers(t.sizes().slice(0, t.dim() - 1)); }
+
+// [*, last] with the leading dimensions of `like`.
+Tensor empty_rows(const Tensor& like, int64_t last) {
+  auto sizes = like.sizes().vec();
+  sizes.back() = last;
+  return at::empty(sizes, like.options());
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> qlora_linear(Tensor x, const Tensor& packed, const Tensor& absmax, const OptionalTensor& absmax2,
+                                        const OptionalTensor& code2, const OptionalTensor& offset,
+                                        const std::vector<int64_t>& shape, const std::string& quant_type, int64_t blocksize,
+                                        OptionalTensor lora_A, OptionalTensor lora_B, double scaling, OptionalTensor bias,
                                         double dropout_p, const OptionalTensor& seed) {
-  py::gil_scoped_release no_gil;
+  x = aligned(x), lora_A = aligned(lora_A), lora_B = aligned(lora_B), bias = aligned(bias);
   const PackedWeight w(packed, absmax, absmax2, code2, offset, shape.at(0), shape.at(1), quant_type, blocksize);
-  const Adapter a = adapter(lora_A, lora_B, scaling, dropout_p, seed);
-  Tensor y = at::empty({x.size(0), w->N}, x.options()), h = at::empty({x.size(0), a.r}, x.options());
-  cpu::qlora_linear(dtype_of(x), x.size(0), x.data_ptr(), *w, a, dense(bias), y.data_ptr(), h.data_ptr());
+  const cuda::Adapter a = adapter(lora_A, lora_B, scaling, dropout_p, seed);
+  const DType dtype = dtype_of(x);
+  const int64_t M = rows(x);
+  Tensor y = empty_rows(x, w->N), h = at::empty({M, a.r}, x.options());
+  run(
+      x,
+      [&](const auto& context) {
+        const bool library = by_library(x, M);
+        cuda::qlora_linear(context, dtype, M, x.data_ptr(), *w, a, dense(bias), y.data_ptr(), h.data_ptr(), !library);
+        if (!library) return;
+        const Tensor rows = x.view({M, w->K}), out = y.view({M, w->N});
+        for_each_panel(context, *w, x,
+                       [&](int64_t begin, int64_t end, const Tensor& W) { out.slice(1, begin, end).addmm_(rows, W.t()); });
+      },
+      [&] { cpu::qlora_linear(dtype, M, x.data_ptr(), *w, a, dense(bias), y.data_ptr(), h.data_ptr()); });
   return {y, h};
 }
 
-using Gradients = std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor>;
-
-Gradients qlora_linear_backward(const Tensor& dy, const OptionalTensor& x, const OptionalTensor& h, const Tensor& packed,
-                                const Tensor& absmax, const OptionalTensor& absmax2, const OptionalTensor& code2,
-                                const OptionalTensor& offset, const std::vector<int64_t>& shape, const std::string& quant_type,
-                                int64_t blocksize, const OptionalTensor& lora_A, const OptionalTensor& lora_B, double scaling,
-                                double dropout_p, const OptionalTensor& seed, const std::array<bool, 4>& needs,
-                                OptionalTensor dx) {
-  py::gil_scoped_release no_gil;
+Gradients qlora_linear_backward(Tensor dy, OptionalTensor x, OptionalTensor h, const Tensor& packed, const Tensor& absmax,
+                                const OptionalTensor& absmax2, const OptionalTensor& code2, const OptionalTensor& offset,
+                                const std::vector<int64_t>& shape, const std::string& quant_type, int64_t blocksize,
+                                OptionalTensor lora_A, OptionalTensor lora_B, double scaling, double dropout_p,
+                                const OptionalTensor& seed, const std::array<bool, 4>& needs, OptionalTensor dx) {
+  dy = aligned(dy), x = aligned(x), h = aligned(h), lora_A = aligned(lora_A), lora_B = aligned(lora_B);
   const PackedWeight w(packed, absmax, absmax2, code2, offset, shape.at(0), shape.at(1), quant_type, blocksize);
-  const Adapter a = adapter(lora_A, lora_B, scaling, dropout_p, seed);
+  const cuda::Adapter a = adapter(lora_A, lora_B, scaling, dropout_p, seed);
   const bool accumulate_dx = dx.has_value();  // float32 [M, K]
   OptionalTensor dA, dB, dbias;
-  if (needs[0] && !accumulate_dx) dx = at::empty({dy.size(0), w->K}, dy.options());
+  if (needs[0] && !accumulate_dx) dx = empty_rows(dy, w->K);
   if (needs[1]) dA = at::empty_like(lora_A.value());
   if (needs[2]) dB = at::empty_like(lora_B.value());
   if (needs[3]) dbias = at::empty({w->N}, dy.options().dtype(at::kFloat));
   auto data = [](const OptionalTensor& t) { return t ? t->data_ptr() : nullptr; };
-  cpu::qlora_linear_backward(dtype_of(dy), dy.size(0), dy.data_ptr(), data(x), data(h), *w, a, accumulate_dx, data(dx),
-                             data(dA), data(dB), static_cast<float*>(data(dbias)));
+  const DType dtype = dtype_of(dy);
+  const int64_t M = rows(dy);
+  float* const dbias_data = static_cast<float*>(data(dbias));
+  run(
+      dy,
+      [&](const auto& context) {
+        const bool library = by_library(dy, M) && !accumulate_dx;
+        cuda::qlora_linear_backward(context, dtype, M, dy.data_ptr(), data(x), data(h), *w, a, accumulate_dx, data(dx),
+                                    data(dA), data(dB), dbias_data, !library);
+        if (!library || !dx) return;
+        const Tensor rows = dy.view({M, w->N}), out = dx->view({M, w->K});
+        for_each_panel(context, *w, dy,
+                       [&](int64_t begin, int64_t end, const Tensor& W) { out.addmm_(rows.slice(1, begin, end), W); });
+      },
+      [&] {
+        cpu::qlora_linear_backward(dtype, M, dy.data_ptr(), data(x), data(h), *w, a, accumulate_dx, data(dx), data(dA),
+                                   data(dB), dbias_data);
+      });
   return {dx, dA, dB, dbias};
 }
+
+namespace {
 
 Tensor codebook(const std::string& quant_type) {
   const float* code = quant_type_of(quant_type) == QuantType::nf4 ? NF4 : FP4;
@@ -171,6 +310,10 @@ std::vector<std::string> cpu_levels() {
 py::dict build_info() {
   py::dict info;
   info["torch"] = TORCH_VERSION;
+#ifdef LORA_KERNELS_CUDA
+  info["cuda_archs"] = LORA_KERNELS_CUDA;  // "75 80 90+ptx"
+  info["nvcc"] = LORA_KERNELS_NVCC;
+#endif
 #if defined(__clang__)
   info["compiler"] = "clang " __clang_version__;
 #elif defined(__GNUC__)
@@ -186,13 +329,19 @@ py::dict build_info() {
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   using namespace lora_kernels;
-  m.def("quantize", &lora_kernels::quantize);
-  m.def("decode_absmax", &lora_kernels::decode_absmax);
-  m.def("dequantize", &lora_kernels::dequantize);
-  m.def("qlora_linear", &lora_kernels::qlora_linear);
-  m.def("qlora_linear_backward", &lora_kernels::qlora_linear_backward);
+  const py::call_guard<py::gil_scoped_release> no_gil;
+  m.def("quantize", &lora_kernels::quantize, no_gil);
+  m.def("decode_absmax", &lora_kernels::decode_absmax, no_gil);
+  m.def("dequantize", &lora_kernels::dequantize, no_gil);
+  m.def("qlora_linear", &lora_kernels::qlora_linear, no_gil);
+  m.def("qlora_linear_backward", &lora_kernels::qlora_linear_backward, no_gil);
+  // hooks on saved tensors are Python code, whose exceptions must come through
+  m.def("qlora_linear_autograd", torch::wrap_pybind_function_no_gil(&lora_kernels::qlora_linear_autograd));
   m.def("codebook", &codebook, "float32 [16], the value of each 4-bit index");
   m.def("cpu_level", [] { return std::string(cpu::kernels().name); }, "the instruction-set level in use");
   m.def("cpu_levels", &cpu_levels, "levels this CPU supports, best first");
   m.def("build_info", &build_info);
+#ifdef LORA_KERNELS_CUDA
+  m.def("cuda_problem", &cuda::problem, "why the CUDA runtime finds no device, or an empty string");
+#endif
 }

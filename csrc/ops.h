@@ -1,6 +1,8 @@
 // Every native op, declared once: plain pointers, row-major contiguous.  M tokens, N outputs, K inputs, r the adapter's rank.
 #pragma once
 #include <cstdint>
+#include <functional>
+#include <string>
 
 #include "dtype.h"
 
@@ -70,4 +72,51 @@ void qlora_linear_backward(DType dtype, int64_t M, const void* dy, const void* x
                            const Adapter& adapter, bool accumulate_dx, void* dx, void* dA, void* dB, float* dbias);
 
 }  // namespace cpu
+
+// Every pointer is one of the device, and the launches go to a stream: nothing here waits for it.
+namespace cuda {
+
+// What an op gets from its caller besides its arguments.
+struct Context {
+  void* stream;                                   // a cudaStream_t of the current device
+  std::function<void*(int64_t bytes)> workspace;  // memory that lives until the launched work has run, aligned to 256 bytes
+  int32_t* counters;                              // [COUNTERS] zeros, of this stream alone; every op leaves zeros
+};
+inline constexpr int COUNTERS = 16384;
+
+// A number that the op would have to wait for stays on the device.
+struct Weight : lora_kernels::Weight {
+  const float* offset;  // [1]
+};
+struct Adapter : lora_kernels::Adapter {
+  const int64_t* seed;  // [1], null without dropout
+};
+
+// Why the runtime finds no device, or an empty string.
+std::string problem();
+
+// What follows runs on this device.
+void set_device(int device);
+
+// As in `cpu`; `bad` [1], zero on entry, becomes nonzero where cpu::quantize returns false.
+void quantize(const Context& context, Dense weight, int64_t numel, QuantType quant_type, int64_t blocksize, uint8_t* packed,
+              float* absmax, int32_t* bad);
+
+void quantize_absmax(const Context& context, const float* absmax, int64_t n_blocks, const float* offset, const float* code2,
+                     uint8_t* absmax_u8, float* absmax2);
+
+void decode_absmax(const Context& context, const Weight& weight, float* out);
+
+// Elements [begin, end) of the weight; begin is a multiple of 32.
+void dequantize(const Context& context, const Weight& weight, int64_t begin, int64_t end, DType dtype, void* out);
+
+// Without `product` x W^T and dy W are left out: y = s h B^T + bias, dx = dropout(s g A), for a caller that adds them.
+void qlora_linear(const Context& context, DType dtype, int64_t M, const void* x, const Weight& weight, const Adapter& adapter,
+                  Dense bias, void* y, void* h, bool product);
+
+void qlora_linear_backward(const Context& context, DType dtype, int64_t M, const void* dy, const void* x, const void* h,
+                           const Weight& weight, const Adapter& adapter, bool accumulate_dx, void* dx, void* dA, void* dB,
+                           float* dbias, bool product);
+
+}  // namespace cuda
 }  // namespace lora_kernels

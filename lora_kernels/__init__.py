@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .adapter import load_adapter, save_adapter
+from .allocator import keep_freed_memory
 from .autograd import decode_absmax, dequantize, qlora_linear, qlora_linear_group, quantize
 from .backends import use_backend
 from .formats import QuantizedWeight
@@ -52,6 +53,7 @@ __all__ = [
     "disable_adapters",
     "enable_peft",
     "group_projections",
+    "keep_freed_memory",
     "load_adapter",
     "loftq_init",
     "merge_dense",

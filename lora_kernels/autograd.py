@@ -9,7 +9,8 @@ Backward, with `g = dy B`:
     dx = dy W + dropout(s g A)   dA = s gᵀ dropout(x)   dB = s dyᵀ h   dbias = sum dy
 
 The weight is frozen, so it has no gradient; forward saves `h` only for dB and `x` only for dA.  Autocast, leading dimensions
-and the dropout seed are settled here and nowhere else.
+and the dropout seed are settled here and nowhere else.  A backend may bring the same Function in C++
+(`qlora_linear_autograd`): Python's own costs more than a small layer on a CPU.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from . import backends
 from .backends import Layer
 from .formats import DYNAMIC_MAP, WEIGHT_DTYPES, QuantizedWeight, check_storage
+from .ops import PLAIN, check_quantize, group_args
 from .ops import call as _ops
-from .ops import check_quantize, group_args
 
 
 def quantize(
@@ -108,6 +110,11 @@ def qlora_linear(
     """
     x = _checked_input(x, weight)
     seed, scaling, dropout_p = _seed(x, lora_A, dropout_p), float(scaling), float(dropout_p)
+    if type(x) in PLAIN and not torch.compiler.is_compiling():
+        whole = getattr(backends.pick(x.device), "qlora_linear_autograd", None)
+        y = whole and whole(x, *weight.op_args(), lora_A, lora_B, scaling, bias, dropout_p, seed)
+        if y is not None:
+            return y
     if torch.is_grad_enabled():
         return _QLoRALinear.apply(x, lora_A, lora_B, bias, seed, scaling, dropout_p, *weight.op_args())
     y, _ = _ops.qlora_linear(_rows(x), *weight.op_args(), lora_A, lora_B, scaling, bias, dropout_p, seed)

@@ -28,6 +28,7 @@ from transformers import TrainingArguments
 
 from . import backends, processes
 from .adapter import CONFIG, WEIGHTS, load_adapter, save_adapter
+from .allocator import keep_freed_memory
 from .data import Collator, Example, Record, encode, read_records, split
 from .formats import check_blocksize, check_quant_type, dtype_name
 from .integrations.transformers import add_adapters, load_model
@@ -354,6 +355,7 @@ def finetune(
     evals = settings.evals if held_out else 0
     if settings.torch_device.type == "cpu":
         model.loss_function = causal_lm_loss
+        keep_freed_memory()
         if max(len(e["input_ids"]) for _, e in train) <= SHORT:
             model.set_attn_implementation("eager")
     monitor = Monitor(run.log, run.write, console, settings.max_minutes, evals, settings.save_steps)

@@ -169,7 +169,8 @@ class QuantizedWeight:
 
     def op_args(self) -> tuple[Any, ...]:
         """The flat arguments by which the ops of `lora_kernels.ops` take a weight; `dtype` is not among them."""
-        return *self._tensors(), self.shape, self.quant_type, self.blocksize
+        tensors = (self.packed, self.absmax, self.absmax2, self.code2, self.offset)
+        return *tensors, self.shape, self.quant_type, self.blocksize
 
     # ---- bitsandbytes
 

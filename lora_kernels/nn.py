@@ -324,7 +324,8 @@ class FusedQLoRALinear(PackedWeight, nn.Module):
 
     def lora_matrices(self, name: str) -> tuple[Tensor, Tensor]:
         """The parameters `lora_A [r, in_features]` and `lora_B [out_features, r]` of an adapter."""
-        return self.lora_A[name].weight, self.lora_B[name].weight  # type: ignore[return-value]
+        A, B = (self._modules[key]._modules[name] for key in ("lora_A", "lora_B"))  # type: ignore[union-attr]
+        return A._parameters["weight"], B._parameters["weight"]  # type: ignore[union-attr, return-value]
 
     def add_adapter(self, name: str, config: AdapterConfig) -> None:
         """Adds an adapter (lora_A Kaiming-uniform, lora_B zero, float32) and makes it the active one.

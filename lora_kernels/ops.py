@@ -55,7 +55,7 @@ def _register(schema: str, body: Callable[..., Any], fake: Callable[..., Any], w
             return computed(*args)
 
     def called(*args: Any) -> Any:
-        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or type(args[0]) not in _PLAIN:
+        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or type(args[0]) not in PLAIN:
             return op(*args)
         return op(*args) if args[0].is_meta else without_autocast(*args)
 
@@ -67,7 +67,8 @@ def _register(schema: str, body: Callable[..., Any], fake: Callable[..., Any], w
     setattr(call, name, called)
 
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+PLAIN = (Tensor, torch.nn.Parameter)
+"""Types of tensors that have no say in how they are computed with."""
 
 
 def _describe(t: Any) -> str:
@@ -162,6 +163,8 @@ _register(f"dequantize({_WEIGHT}, ScalarType dtype) -> Tensor", _dequantize, _de
 def _check_weight(qw: QuantizedWeight, device: torch.device) -> None:
     check_quant_type(qw.quant_type)
     check_blocksize(qw.blocksize)
+    if qw.numel == 0:
+        raise ValueError(f"weight must have at least one element, got shape {list(qw.shape)}")
     qw.check()
     for name in ("packed", "absmax", "absmax2", "code2", "offset"):
         t = getattr(qw, name)
@@ -203,6 +206,8 @@ def _check_input(name: str, t: Tensor, axis: int, letter: str, qw: QuantizedWeig
 
 
 def _check_parameter(name: str, t: Tensor, shape: tuple[int, ...], letters: str, x: Tensor) -> None:
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor or None, got {type(t).__name__}")
     if tuple(t.shape) != shape:
         raise ValueError(f"{name} must be {letters} = {list(shape)}, got {list(t.shape)}")
     if t.dtype not in WEIGHT_DTYPES and not (t.dtype == x.dtype == torch.float64):
@@ -220,6 +225,9 @@ def _check_lora(
     dropout_p: float,
     seed: Tensor | None,
 ) -> None:
+    for name, t in (("lora_A", lora_A), ("lora_B", lora_B)):
+        if not isinstance(t, Tensor | None):
+            raise TypeError(f"{name} must be a torch.Tensor or None, got {type(t).__name__}")
     if (lora_A is None) != (lora_B is None):
         given, missing = ("lora_A", "lora_B") if lora_B is None else ("lora_B", "lora_A")
         raise ValueError(f"lora_A and lora_B must be given together, got {given} without {missing}")

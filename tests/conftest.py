@@ -27,6 +27,7 @@ COUNTS: Counter[str] = Counter()
 """Cases that a test counts; shown at the end of the run."""
 
 CPU = torch.device("cpu")
+collect_ignore = [] if torch.cuda.is_available() else ["test_gpu.py"]
 _base_seed = 0
 
 

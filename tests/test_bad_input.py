@@ -13,6 +13,7 @@ from lora_kernels import AdapterConfig, FusedQLoRALinear, backends
 W = torch.randn(6, 64)
 QW = lk.quantize(W)
 SINGLE = lk.quantize(W, double_quant=False)
+EMPTY = replace(SINGLE, packed=SINGLE.packed[:0], absmax=SINGLE.absmax[:0], shape=(6, 0))
 X, A, B, BIAS = torch.randn(3, 64), torch.randn(2, 64), torch.randn(6, 2), torch.randn(6)
 META = {"device": "meta"}
 ops = torch.ops.lora_kernels
@@ -99,6 +100,7 @@ TABLE = [
     ("qlora_linear: K", lambda: linear(x=torch.randn(2, 63)), V, ["x", "K=64", "[6, 64]", "[2, 63]"]),
     ("qlora_linear: scalar x", lambda: linear(x=torch.tensor(1.0)), V, ["x", "K=64", "[]"]),
     ("qlora_linear: 3-D weight", lambda: linear(qw=lk.quantize(torch.randn(2, 3, 64))), V, ["[2, 3, 64]"]),
+    ("qlora_linear: empty weight", lambda: linear(torch.ones(3, 0), EMPTY, None, None), V, ["weight", "one element", "[6, 0]"]),
     ("qlora_linear: integers", lambda: linear(x=X.long()), T, ["x", "float32", "int64"]),
     ("qlora_linear: float64", lambda: linear(x=X.double()), T, ["x", "float64", "use_backend('reference')"]),
     ("qlora_linear: x elsewhere", lambda: linear(x=torch.empty(3, 64, **META)), V, ["packed", "meta", "cpu"]),
@@ -112,6 +114,10 @@ TABLE = [
     ("qlora_linear: integer A", lambda: linear(lora_A=A.int()), T, ["lora_A", "float32", "int32"]),
     ("qlora_linear: float64 B", lambda: linear(lora_B=B.double()), T, ["lora_B", "float32", "float64"]),
     ("qlora_linear: A elsewhere", lambda: linear(lora_A=A.to("meta")), V, ["lora_A", "cpu", "meta"]),
+    ("qlora_linear: A is no tensor", lambda: linear(lora_A=[1.0]), T, ["lora_A", "torch.Tensor or None", "list"]),
+    ("qlora_linear: bias is no tensor", lambda: linear(bias=1.0), T, ["bias", "torch.Tensor or None", "float"]),
+    ("qlora_linear: blocksize", lambda: linear(qw=replace(QW, blocksize=64.0)), V, ["blocksize", "32, 64", "64.0"]),
+    ("qlora_linear: quant_type", lambda: linear(qw=replace(QW, quant_type=None)), V, ["quant_type", "nf4, fp4", "None"]),
     ("qlora_linear: bias", lambda: linear(bias=torch.randn(5)), V, ["bias", "[N]", "[6]", "[5]"]),
     ("qlora_linear: 2-D bias", lambda: linear(bias=torch.randn(1, 6)), V, ["bias", "[6]", "[1, 6]"]),
     ("qlora_linear: NaN scaling", lambda: linear(scaling=math.nan), V, ["scaling", "finite", "nan"]),

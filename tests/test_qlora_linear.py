@@ -1,10 +1,12 @@
 """`qlora_linear` and its gradients against float64, on every backend."""
 
 from dataclasses import replace
+from operator import itemgetter
 
 import pytest
 import torch
 from conftest import assert_same_bits, run_ops
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora_kernels as lk
 from lora_kernels import autograd, ops
@@ -232,7 +234,7 @@ def test_strided_output_gradient_and_adapters(backend, seed):
 
 
 @pytest.mark.parametrize("trained", ["x", "A", "B", "bias", "xA", "xB", "AB", "xABbias", "none"])
-def test_only_what_is_asked_for(trained, monkeypatch, seed):
+def test_only_what_is_asked_for(backend, trained, monkeypatch, seed):
     """The backward op is asked for the gradients that train; x is kept only for lora_A's, h only for lora_B's."""
     inputs = make_inputs(Case(17, 33, 100, r=5, bias=True), seed)
     x, A, B, bias = leaves(inputs, requires_grad=False)
@@ -263,10 +265,14 @@ def test_only_what_is_asked_for(trained, monkeypatch, seed):
     assert sum(tuple(t.shape) == (17, 5) for t in own) == wanted[2], "h is saved once, and only for lora_B"
     assert len(own) == wanted[1] + wanted[2]
     y.backward(inputs.dy)
-    ((needs, given_x, given_h),) = asked
-    assert needs == wanted
-    assert (given_x is not None, given_h is not None) == (wanted[1], wanted[2])
+    if backend != "native":  # which asks its own kernels
+        ((needs, given_x, given_h),) = asked
+        assert needs == wanted
+        assert (given_x is not None, given_h is not None) == (wanted[1], wanted[2])
     assert [t.grad is not None for t in (x, A, B, bias)] == wanted
+    for leaf, grad in zip((x, A, B, bias), itemgetter("dx", "dA", "dB", "dbias")(run_ops(inputs)), strict=True):
+        if leaf.grad is not None:
+            assert_same_bits(leaf.grad, grad.to(leaf.dtype))
 
 
 def test_no_grad_saves_nothing(seed):
@@ -320,6 +326,80 @@ def test_gradcheck(dropout, quant_type, monkeypatch):
         assert torch.autograd.gradcheck(run, (x, A, B, bias))
         plain = torch.autograd.gradcheck(lambda x, b: lk.qlora_linear(x, qw, bias=b), (x, bias))
     assert plain
+
+
+def test_watched_calls_go_through_the_ops(backend, seed):
+    """A dispatch mode sees the ops, forward and backward, and what it sees has the bits of a call that nothing watches."""
+    inputs = make_inputs(Case(17, 33, 100, bias=True), seed)
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **kwargs or {})
+
+    def gradients():
+        x, A, B, bias = leaves(inputs)
+        lk.qlora_linear(x, inputs.qw, A, B, 2.0, bias).backward(inputs.dy)
+        return x.grad, A.grad, B.grad, bias.grad
+
+    seen: list = []
+    with Watch():
+        watched = gradients()
+    ops = torch.ops.lora_kernels
+    assert [f for f in seen if f.namespace == "lora_kernels"] == [ops.qlora_linear.default, ops.qlora_linear_backward.default]
+    for got, want in zip(watched, gradients(), strict=True):
+        assert_same_bits(got, want)
+
+
+def test_transforms_are_refused(backend):
+    """torch.func, and on the native backend a batch of output gradients, end in an error and not in a crash."""
+    qw, x = lk.quantize(torch.randn(5, 64)), torch.randn(3, 64)
+    with pytest.raises(RuntimeError, match=r"functorch|torch\.func"):
+        torch.func.grad(lambda x: lk.qlora_linear(x, qw).sum())(x)
+    with pytest.raises(RuntimeError, match=r"functorch|torch\.func"):
+        torch.func.vmap(lambda x: lk.qlora_linear(x, qw))(x)
+    y = lk.qlora_linear(x.requires_grad_(), qw)
+    if backend == "native":
+        with pytest.raises(RuntimeError, match="plain CPU tensor"):
+            torch.autograd.grad(y, x, torch.randn(2, *y.shape), is_grads_batched=True)
+
+
+def test_backward_as_often_as_the_graph_is_kept(backend):
+    x = torch.randn(3, 64, requires_grad=True)
+    y = lk.qlora_linear(x, lk.quantize(torch.randn(5, 64)))
+    first, second = (torch.autograd.grad(y.sum(), x, retain_graph=keep)[0] for keep in (True, False))
+    assert_same_bits(first, second)
+    with pytest.raises(RuntimeError, match="second time"):
+        y.sum().backward()
+
+
+def test_parameters_changed_before_backward_are_refused(backend):
+    A, B = torch.randn(2, 64, requires_grad=True), torch.randn(5, 2, requires_grad=True)
+    y = lk.qlora_linear(torch.randn(3, 64), lk.quantize(torch.randn(5, 64)), A, B)
+    with torch.no_grad():
+        B.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_exceptions_of_saved_tensor_hooks_come_through(backend):
+    """Gradient checkpointing ends its second forward by one."""
+
+    def pack(t):
+        raise LookupError("from the hook")
+
+    A, B = torch.randn(2, 64, requires_grad=True), torch.randn(5, 2, requires_grad=True)
+    qw = lk.quantize(torch.randn(5, 64))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), pytest.raises(LookupError, match="from the hook"):
+        lk.qlora_linear(torch.randn(3, 64), qw, A, B)
+
+
+def test_output_can_be_added_to_in_place(backend):
+    x = torch.randn(2, 3, 64, requires_grad=True)
+    y = lk.qlora_linear(x, lk.quantize(torch.randn(5, 64)))
+    y += 1
+    y.sum().backward()
+    assert x.grad is not None
 
 
 def test_linear_in_scaling(backend, seed):

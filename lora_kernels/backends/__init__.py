@@ -56,7 +56,10 @@ def pick(device: torch.device) -> ModuleType:
         if reason is not None:
             raise RuntimeError(f"backend {name!r} is forced but can't run on {device}: {reason}")
         return load(name)
-    return next(m for m in map(load, order(device)) if m.unavailable(device) is None)
+    for name in order(device):
+        if load(name).unavailable(device) is None:
+            break
+    return load(name)
 
 
 def choices(device: torch.device) -> list[tuple[str, str | None]]:

@@ -1,4 +1,5 @@
-"""The compiled backend: one call per op into `lora_kernels._C`, C++ from csrc/ for CPU tensors."""
+"""The compiled backend: one call per op into `lora_kernels._C`, C++ from csrc/cpu for CPU tensors and CUDA from csrc/cuda for
+those of a GPU."""
 
 import functools
 import importlib
@@ -12,6 +13,7 @@ from ..formats import DYNAMIC_MAP, QuantizedWeight
 from . import Layer
 
 _BUILD = "pip install --no-build-isolation -e . (needs g++)"
+_BUILD_CUDA = "LORA_KERNELS_BUILD=cuda pip install --no-build-isolation -e . (needs g++ and nvcc)"
 
 
 @functools.cache
@@ -35,9 +37,43 @@ def _load() -> tuple[Any, str | None]:
 
 
 def unavailable(device: torch.device) -> str | None:
-    if device.type != "cpu":
-        return f"the C++ extension has no code for {device.type} tensors, only for cpu"
-    return _load()[1]
+    if device.type not in ("cpu", "cuda"):
+        return f"the C++ extension has no code for {device.type} tensors, only for cpu and cuda"
+    extension, reason = _load()
+    if reason is not None or device.type == "cpu":
+        return reason
+    if device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    return _unavailable_cuda(extension, device)
+
+
+def cuda_archs(extension: Any) -> list[str]:
+    """The compute capabilities that the CUDA code is compiled for, such as "80"; "90+ptx" runs on all newer ones too."""
+    return extension.build_info().get("cuda_archs", "").split()
+
+
+@functools.cache
+def _unavailable_cuda(extension: Any, device: torch.device) -> str | None:
+    archs = cuda_archs(extension)
+    if not archs:
+        return f"the C++ extension was built without CUDA code: {_BUILD_CUDA}"
+    capability = torch.cuda.get_device_capability(device)
+    if not any(_runs_on(arch, capability) for arch in archs):
+        own = f"{capability[0]}{capability[1]}"
+        return (
+            f"the C++ extension has CUDA code for sm_{', sm_'.join(archs)}, this GPU is sm_{own}: "
+            f"LORA_KERNELS_CUDA_ARCHS={own} {_BUILD_CUDA}"
+        )
+    if problem := extension.cuda_problem():
+        return f"the CUDA {extension.build_info()['nvcc']} runtime of the C++ extension finds no GPU: {problem}"
+    return None
+
+
+def _runs_on(arch: str, capability: tuple[int, int]) -> bool:
+    """A binary runs on later minor versions of its major version, PTX on everything later."""
+    number, _, ptx = arch.partition("+")
+    compiled = divmod(int(number), 10)
+    return compiled <= capability and (compiled[0] == capability[0] or bool(ptx))
 
 
 def _extension() -> Any:
@@ -76,6 +112,17 @@ def qlora_linear(
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     return _extension().qlora_linear(x, *_weight(qw), lora_A, lora_B, scaling, bias, dropout_p, seed)
+
+
+def qlora_linear_autograd(*args: Any) -> Tensor | None:
+    """y of `lora_kernels.autograd.qlora_linear` with its gradient, in C++ from end to end; takes x, the flat weight, then what
+    `qlora_linear` takes.  None where something watches the call (a dispatch mode, torch.func, a tensor subclass) or an argument
+    is not what the contract asks for.
+    """
+    try:
+        return _extension().qlora_linear_autograd(*args)
+    except TypeError:  # pybind11's, of an argument that is not even a tensor, number or string where it should be
+        return None
 
 
 def qlora_linear_backward(
