@@ -2,7 +2,6 @@
 TRITON_INTERPRET must be set before Triton is imported."""
 
 import importlib
-from dataclasses import replace
 from itertools import chain
 
 import pytest
@@ -13,15 +12,15 @@ import lora_kernels as lk
 from lora_kernels import backends
 from lora_kernels.backends import reference, triton
 from lora_kernels.backends.triton.dequantize import decode_panel
-from lora_kernels.backends.triton.settings import Config, pick_config
+from lora_kernels.backends.triton.launch import forcing
+from lora_kernels.backends.triton.settings import Config
 from lora_kernels.formats import BLOCKSIZES
 from lora_kernels.testing import Case, assert_close_to_oracle, make_inputs
 
 pytestmark = pytest.mark.usefixtures("poisoned", "on_triton")
 
-forward, backward, quantizer = (
-    importlib.import_module(f"lora_kernels.backends.triton.{name}")
-    for name in ("qlora_linear", "qlora_linear_backward", "quantize")
+forward, adapter, quantizer = (
+    importlib.import_module(f"lora_kernels.backends.triton.{name}") for name in ("qlora_linear", "adapter", "quantize")
 )
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 FLOATS = (FP32, FP16, BF16)
@@ -91,7 +90,7 @@ def test_any_rows_and_columns():
         qw = lk.quantize(torch.randn(N, K), "nf4", blocksize)
         want = reference.dequantize(qw, FP16)
         for rows, cols in ((range(2, 7), range(K)), (range(N), range(64, 96)), (range(1, 4), range(3, 10))):
-            got = decode_panel(qw, FP16, rows, cols)
+            got = decode_panel(qw, rows, cols, torch.empty(N * K, dtype=FP16))
             assert_same_bits(got, want[rows.start : rows.stop, cols.start : cols.stop].contiguous(), f"{rows} {cols}")
 
 
@@ -128,26 +127,22 @@ PATHS = {
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("case", [c for c in CASES if c.M in (3, 17, 33)], ids=lambda c: c.id)
-def test_every_path_on_the_same_rows(case, path, seed, monkeypatch):
+def test_every_path_on_the_same_rows(case, path, seed):
     """A path is a matter of speed: each gives the same product, whatever the settings choose."""
     picks = {"qlora_linear": PATHS[path], "dx": Config("panel") if path == "panel" else Config("fused", 16, 32, 64)}
-    for module in (forward, backward):
-        monkeypatch.setattr(module, "pick_config", lambda op, *sizes: picks.get(op) or pick_config(op, *sizes))
     inputs = make_inputs(case, seed)
-    assert_close_to_oracle(run_ops(inputs), inputs)
+    with forcing(**picks):
+        assert_close_to_oracle(run_ops(inputs), inputs)
 
 
 def test_panels_in_slices(monkeypatch, seed):
     """A weight above the cap is decoded a slice at a time, rows for y and columns for dx."""
     monkeypatch.setattr(forward, "MAX_PANEL_BYTES", 16 << 10)
-    for module in (forward, backward):
-        monkeypatch.setattr(
-            module, "pick_config", lambda op, *s: Config("panel") if op in ("qlora_linear", "dx") else pick_config(op, *s)
-        )
     for case in (Case(9, 96, 192, r=8, dtype=FP16, bias=True), Case(9, 95, 130, r=0, dtype=FP32, bias=True)):
         inputs = make_inputs(case, seed)
         assert len(forward.slices(case.N, case.K * 2)) > 1
-        assert_close_to_oracle(run_ops(inputs), inputs)
+        with forcing(qlora_linear=Config("panel"), dx=Config("panel")):
+            assert_close_to_oracle(run_ops(inputs), inputs)
 
 
 def test_same_input_same_bits(seed):
@@ -158,28 +153,47 @@ def test_same_input_same_bits(seed):
             assert_same_bits(second[name], first[name], name)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_group(dropout, seed):
+def test_rows_in_slices(monkeypatch, seed):
+    """Partial sums above their cap: `dy B` a slice of rows at a time, `dB` with more rows a program."""
+    monkeypatch.setattr(adapter, "MAX_PARTIAL_BYTES", 20 << 10)
+    slices = []
+    launch = adapter.launch
+    monkeypatch.setattr(adapter, "launch", lambda kernel, *args: (slices.append(kernel), launch(kernel, *args)))
+    inputs = make_inputs(Case(300, 130, 64, r=8, dtype=FP16, bias=True), seed)
+    assert_close_to_oracle(run_ops(inputs), inputs)
+    assert slices.count(adapter.read_once) == 3  # two slices of dy, and x
+
+
+GROUPS = {
+    "plain": ((64, 8, 0.0), (33, 8, 0.0), (40, 8, 0.0)),
+    "ranks differ": ((64, 8, 0.0), (33, 20, 0.0), (40, 3, 0.0), (16, 0, 0.0)),
+    "dropout": ((64, 8, 0.3), (33, 8, 0.3), (40, 4, 0.3), (16, 0, 0.0)),
+    "dropout differs": ((64, 8, 0.3), (33, 8, 0.0), (40, 8, 0.3), (16, 70, 0.3)),
+}
+
+
+@pytest.mark.parametrize("rows", [5, 70])
+@pytest.mark.parametrize("group", GROUPS)
+def test_group(group, rows, seed):
     """Layers on one x, stacked and not, give what they give alone; dx is their sum."""
-    for M in (5, 70):
-        cases = [
-            Case(M, n, 128, r=r, dtype=FP16, dropout=dropout, bias=n == 33) for n, r in ((64, 8), (33, 8), (40, 4), (16, 0))
-        ]
-        cases[3] = replace(cases[3], dropout=0.0)
-        group = [make_inputs(case, seed + i) for i, case in enumerate(cases)]
-        x = group[0].x
-        layers = [(i.qw, i.lora_A, i.lora_B, i.case.scaling, i.bias, i.case.dropout, i.seed) for i in group]
+    cases = [Case(rows, n, 128, r=r, dtype=FP16, dropout=p, bias=n == 33) for n, r, p in GROUPS[group]]
+    inputs = [make_inputs(case, seed + i) for i, case in enumerate(cases)]
+    x = inputs[0].x
+    layers = [(i.qw, i.lora_A, i.lora_B, i.case.scaling, i.bias, i.case.dropout, i.seed) for i in inputs]
+    needs = [(i.case.r > 0, i.case.r > 0, i.case.bias) for i in inputs]
+    dys = [i.dy for i in inputs]
+    paths = {"qlora_linear": Config("panel"), "dx": Config("panel")} if rows == 70 else {}
+    with forcing(**paths):  # where adapters are stacked
         ys, hs = triton.qlora_linear_group(x, layers)
-        needs = [(i.case.r > 0, i.case.r > 0, i.case.bias) for i in group]
-        dx, *grads = triton.qlora_linear_group_backward([i.dy for i in group], x, hs, layers, True, needs)
-        want_ys, want_hs = reference.qlora_linear_group(x, layers)
-        want_dx, *want = reference.qlora_linear_group_backward([i.dy for i in group], x, want_hs, layers, True, needs)
-        for got, expected in zip([dx, *ys, *hs, *chain(*grads)], [want_dx, *want_ys, *want_hs, *chain(*want)], strict=True):
-            assert (got is None) == (expected is None)
-            if got is not None and got.numel():
-                assert got.shape == expected.shape and got.dtype == expected.dtype
-                error = (got.double() - expected.double()).norm() / expected.double().norm()
-                assert error < 4 * torch.finfo(FP16).eps, error
+        dx, *grads = triton.qlora_linear_group_backward(dys, x, hs, layers, True, needs)
+    want_ys, want_hs = reference.qlora_linear_group(x, layers)
+    want_dx, *want = reference.qlora_linear_group_backward(dys, x, want_hs, layers, True, needs)
+    for got, expected in zip([dx, *ys, *hs, *chain(*grads)], [want_dx, *want_ys, *want_hs, *chain(*want)], strict=True):
+        assert (got is None) == (expected is None)
+        if got is not None and got.numel():
+            assert got.shape == expected.shape and got.dtype == expected.dtype and got.is_contiguous()
+            error = (got.double() - expected.double()).norm() / expected.double().norm()
+            assert error < 4 * torch.finfo(FP16).eps, error
 
 
 def test_training_follows_the_reference(seed):

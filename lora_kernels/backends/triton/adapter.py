@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import arch_of, cdiv, launch, rank_block
-from .settings import Config, pick_config
+from .launch import cdiv, config_of, launch, rank_block
+from .settings import Config
 from .tiles import cast, dot, kept, last_arrival, to_float
 from .workspace import counters
 
@@ -41,6 +41,7 @@ def project_rows(
     R: tl.constexpr,
     BY_COLUMN: tl.constexpr,
     STACKED: tl.constexpr,
+    MASKS: tl.constexpr,
     SPLIT: tl.constexpr,
     DROPOUT: tl.constexpr,
     QUAD: tl.constexpr,
@@ -48,16 +49,17 @@ def project_rows(
     """`h [M, r] = scale * dropped(x [M, K]) A [r, K]ᵀ`; `split` programs share a tile, the last to arrive adds their sums.
 
     BY_COLUMN: A is stored `[K, r]` (lora_B, for `g = dy B`).  STACKED: A holds r / each adapters of `each` ranks, and h is one
-    `[M, each]` after the other.
+    `[M, each]` after the other.  MASKS: each of them drops its own elements of x, by its own seed.
     """
     DT: tl.constexpr = x.dtype.element_ty
-    pm = tl.program_id(0)
-    pr = tl.program_id(1)
-    ps = tl.program_id(2)
+    n_ranks = rank_tiles(r, each, R, MASKS)
+    pm = tl.program_id(0) // n_ranks  # tiles of ranks next to each other: they read the same x, once from memory
+    pr = tl.program_id(0) % n_ranks
+    ps = tl.program_id(1)
     rm = pm * BLOCK_M + tl.arange(0, BLOCK_M)
-    rr = pr * R + tl.arange(0, R)
+    rr, end, adapter = rank_tile(pr, r, each, R, MASKS)
     mm = rm < M
-    mr = rr < r
+    mr = rr < end
     rows = tl.where(mm, rm, 0).to(tl.int64)
     chunk = tl.cdiv(tl.cdiv(K, BLOCK_K), split) * BLOCK_K
     acc = tl.zeros((BLOCK_M, R), tl.float32)
@@ -66,7 +68,7 @@ def project_rows(
         mk = rk < K
         a = tl.load(x + rows[:, None] * K + rk[None, :], mask=mk[None, :], other=0.0)
         if DROPOUT:
-            a = tl.where(kept(seed, threshold, rows, k, K, BLOCK_M, BLOCK_K, QUAD), a, tl.zeros_like(a))
+            a = tl.where(kept(seed + adapter, threshold, rows, k, K, BLOCK_M, BLOCK_K, QUAD), a, tl.zeros_like(a))
         if BY_COLUMN:
             f = tl.load(A + rk[:, None] * r + rr[None, :], mask=mk[:, None] & mr[None, :], other=0.0)
             acc = dot(a, cast(f, DT), acc)
@@ -81,11 +83,31 @@ def project_rows(
     else:
         size = M.to(tl.int64) * r
         tl.store(partial + ps * size + at, acc, mask=inside)
-        if last_arrival(counter + pm * tl.num_programs(1) + pr, split):
+        if last_arrival(counter + tl.program_id(0), split):
             total = tl.zeros((BLOCK_M, R), tl.float32)
             for i in range(split):
                 total += tl.load(partial + i * size + at, mask=inside, other=0.0, cache_modifier=".cg")
             tl.store(out, cast(total * scale, DT), mask=inside)
+
+
+@triton.jit
+def rank_tiles(r, each, R: tl.constexpr, MASKS: tl.constexpr):
+    """Tiles of R ranks: of all r, or, with masks, of each adapter by itself."""
+    if MASKS:
+        return r // each * tl.cdiv(each, R)
+    else:
+        return tl.cdiv(r, R)
+
+
+@triton.jit
+def rank_tile(pr, r, each, R: tl.constexpr, MASKS: tl.constexpr):
+    """The ranks of tile `pr`, the rank they must stay below, and the adapter they belong to (0 without masks)."""
+    if MASKS:
+        tiles = tl.cdiv(each, R)
+        adapter = pr // tiles
+        return adapter * each + pr % tiles * R + tl.arange(0, R), (adapter + 1) * each, adapter
+    else:
+        return pr * R + tl.arange(0, R), r, 0
 
 
 @triton.jit
@@ -115,6 +137,7 @@ def expand_rows(
     R: tl.constexpr,
     BY_COLUMN: tl.constexpr,
     STACKED: tl.constexpr,
+    MASKS: tl.constexpr,
     ADD: tl.constexpr,
     BIAS: tl.constexpr,
     DROPOUT: tl.constexpr,
@@ -122,7 +145,8 @@ def expand_rows(
 ):
     """`out [M, C] = dropped(scale * t [M, r] F) + bias`, F stored `[C, r]` (BY_COLUMN: lora_B) or `[r, C]` (lora_A).
 
-    ADD: onto what `out` holds.  STACKED: t is r / each `[M, each]` one after the other.
+    ADD: onto what `out` holds.  STACKED: t is r / each `[M, each]` one after the other.  MASKS: the product of each of them is
+    dropped by its own seed.
     """
     DT: tl.constexpr = t.dtype.element_ty
     rm = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -131,9 +155,14 @@ def expand_rows(
     mm = rm < M
     mc = rc < C
     rows = tl.where(mm, rm, 0).to(tl.int64)
-    acc = low_rank(t, f, rows, rc, mc, M, C, r, each, BLOCK_M, BLOCK_C, R, BY_COLUMN, STACKED, DT) * scale
-    if DROPOUT:
-        acc = tl.where(kept(seed, threshold, rows, first, C, BLOCK_M, BLOCK_C, QUAD), acc, 0.0)
+    span = each if MASKS else r
+    acc = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+    for begin in tl.range(0, r, span, num_stages=1):
+        part = low_rank(t, f, rows, rc, mc, M, C, r, begin, begin + span, each, BLOCK_M, BLOCK_C, R, BY_COLUMN, STACKED, DT)
+        if DROPOUT:
+            part = tl.where(kept(seed + begin // span, threshold, rows, first, C, BLOCK_M, BLOCK_C, QUAD), part, 0.0)
+        acc += part
+    acc *= scale
     if BIAS:
         acc += to_float(tl.load(bias + rc, mask=mc, other=0.0))[None, :]
     inside = mm[:, None] & mc[None, :]
@@ -153,6 +182,8 @@ def low_rank(
     M,
     C,
     r,
+    begin,
+    end,
     each,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -161,11 +192,11 @@ def low_rank(
     STACKED: tl.constexpr,
     DT: tl.constexpr,
 ):
-    """float32 tile of `t [M, r] F`, R ranks at a time; rows in range, columns masked."""
+    """float32 tile of `t [M, r] F` over ranks `begin` to `end`, R at a time; rows in range, columns masked."""
     acc = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
-    for first in tl.range(0, r, R, num_stages=1):
+    for first in tl.range(begin, end, R, num_stages=1):
         rr = first + tl.arange(0, R)
-        mr = rr < r
+        mr = rr < end
         a = tl.load(t + rank_offsets(rows, rr, M, r, each, STACKED), mask=mr[None, :], other=0.0)
         if BY_COLUMN:
             b = tl.load(f + cols[:, None] * r + rr[None, :], mask=mask_cols[:, None] & mr[None, :], other=0.0)
@@ -195,6 +226,7 @@ def read_once(
     BLOCK_C: tl.constexpr,
     R: tl.constexpr,
     STACKED: tl.constexpr,
+    MASKS: tl.constexpr,
     PRODUCT: tl.constexpr,
     GRAD: tl.constexpr,
     GRAD_BY_RANK: tl.constexpr,
@@ -205,17 +237,18 @@ def read_once(
     """Everything that reads `x [M, C]`, from one read of it: a program owns steps * BLOCK_M rows of BLOCK_C columns.
 
     float32 partials: PRODUCT: `x f [C, r]`, one `[M, r]` a column tile; GRAD: `dropped(x)ᵀ t [M, r]`, one `[C, r]` (or
-    `[r, C]` if GRAD_BY_RANK) a row range; TOTAL: the sum of the rows, one `[C]` a row range.
+    `[r, C]` if GRAD_BY_RANK) a row range; TOTAL: the sum of the rows, one `[C]` a row range.  MASKS: as in `project_rows`.
     """
     DT: tl.constexpr = x.dtype.element_ty
-    pm = tl.program_id(0)
+    n_ranks = rank_tiles(r, each, R, MASKS)
+    pm = tl.program_id(0) // n_ranks
+    pr = tl.program_id(0) % n_ranks
     pc = tl.program_id(1)
-    pr = tl.program_id(2)
     first = pc * BLOCK_C
     rc = first + tl.arange(0, BLOCK_C)
-    rr = pr * R + tl.arange(0, R)
+    rr, end, adapter = rank_tile(pr, r, each, R, MASKS)
     mc = rc < C
-    mr = rr < r
+    mr = rr < end
     if PRODUCT:
         b = cast(tl.load(f + rc[:, None] * r + rr[None, :], mask=mc[:, None] & mr[None, :], other=0.0), DT)
     acc = tl.zeros((BLOCK_C, R), tl.float32)
@@ -233,7 +266,7 @@ def read_once(
             rows_sum += tl.sum(to_float(a), axis=0)
         if GRAD:
             if DROPOUT:
-                a = tl.where(kept(seed, threshold, rows, first, C, BLOCK_M, BLOCK_C, QUAD), a, tl.zeros_like(a))
+                a = tl.where(kept(seed + adapter, threshold, rows, first, C, BLOCK_M, BLOCK_C, QUAD), a, tl.zeros_like(a))
             v = tl.load(t + rank_offsets(rows, rr, M, r, each, STACKED), mask=mm[:, None] & mr[None, :], other=0.0)
             acc = dot(a.T, v, acc)
     if GRAD:
@@ -267,7 +300,10 @@ def keep_args(seed: Tensor | None, p: float, columns: int) -> tuple[Tensor | Non
 
 
 MAX_PARTIAL_BYTES = 16 << 20
-"""Most memory for the partial sums of one read: beyond it, reading the input twice costs less than writing them."""
+"""Most memory for the partial sums of one launch: what stays in L2 until they are added."""
+ONE_READ_RANKS = 32
+"""Ranks up to which `dy B` comes from the read that makes `dB`: a row of N elements has N / 128 partials of r floats, r / 16
+bytes an element written and read, where a second read of dy costs 2."""
 
 
 def project(
@@ -280,24 +316,36 @@ def project(
     h: Tensor | None = None,
 ) -> Tensor:
     """`h = dropout(x) Aᵀ [M, r]` in x.dtype, into `h` if it is given; for a stack of adapters of `each` ranks,
-    `[r / each, M, each]`; `by_column`: A is stored `[K, r]`."""
+    `[r / each, M, each]`, with a seed for each of them; `by_column`: A is stored `[K, r]`."""
     M, K = x.shape
     r = A.shape[1 if by_column else 0]
     if h is None:
         h = x.new_empty(M, r) if each is None else x.new_empty(r // each, M, each)
-    config = _buffers(pick_config("project", M, 0, K, r, arch_of(x.device)), x.dtype)
-    R = rank_block(r, 128)
-    grid = (cdiv(M, config.block_m), cdiv(r, R), config.split)
+    config = config_of("project", M, 0, K, r, x.device)
+    if x.dtype == torch.float32:
+        config = replace(config, block_m=min(config.block_m, 32), block_k=32, stages=2)
+    flags, tiles, seed, threshold, scale = _ranks(r, each, 128, seed, dropout_p, K)
+    grid = (cdiv(M, config.block_m) * tiles, config.split)
     partial = counter = None
     if config.split > 1:
         partial = x.new_empty(config.split, M, r, dtype=torch.float32)
-        counter = counters(x.device, grid[0] * grid[1])
-    seed, threshold, scale, flags = keep_args(seed, dropout_p, K)
-    flags |= {"BLOCK_M": config.block_m, "BLOCK_K": config.block_k, "R": R}
-    flags |= {"BY_COLUMN": by_column, "STACKED": each is not None, "SPLIT": config.split > 1}
+        counter = counters(x.device, grid[0])
+    flags |= {"BLOCK_M": config.block_m, "BLOCK_K": config.block_k, "BY_COLUMN": by_column, "SPLIT": config.split > 1}
     args = (x, A, h, partial, counter, seed, threshold, scale, M, K, r, each or r, config.split)
     launch(project_rows, grid, args, flags, config)
     return h
+
+
+def _ranks(
+    r: int, each: int | None, most: int, seed: Tensor | None, dropout_p: float, columns: int
+) -> tuple[dict[str, Any], int, Tensor | None, int, float]:
+    """Flags and number of the tiles of r ranks, of `most` at a time, of a stack of adapters of `each` ranks or of one; then
+    what `keep_args` gives."""
+    seed, threshold, scale, flags = keep_args(seed, dropout_p, columns)
+    masks = each is not None and seed is not None
+    R = rank_block(each if masks and each is not None else r, most)
+    tiles = r // each * cdiv(each, R) if masks and each is not None else cdiv(r, R)
+    return flags | {"R": R, "STACKED": each is not None, "MASKS": masks}, tiles, seed, threshold, scale
 
 
 def expand(
@@ -312,19 +360,34 @@ def expand(
 ) -> Tensor:
     """`dropout(scaling * t F) + bias` in t.dtype, F being lora_B `[C, r]` (`by_column`) or lora_A `[r, C]`.
 
-    `onto` is added to, and returned.  `t` may be a stack `[n, M, each]` for n adapters stacked in F.
+    `onto` is added to, and returned.  `t` may be a stack `[n, M, each]` for n adapters stacked in F, with n seeds.
     """
     M, each = t.shape[-2:]
     C, r = (factor.shape[0], factor.shape[1]) if by_column else (factor.shape[1], factor.shape[0])
     out = t.new_empty(M, C) if onto is None else onto
-    config = _buffers(pick_config("expand", M, C, 0, r, arch_of(t.device)), t.dtype)
+    config = _buffers(config_of("expand", M, C, 0, r, t.device), t.dtype)
     grid = (cdiv(M, config.block_m), cdiv(C, config.block_n))
-    seed, threshold, keep_scale, flags = keep_args(seed, dropout_p, C)
-    flags |= {"BLOCK_M": config.block_m, "BLOCK_C": config.block_n, "R": rank_block(r, 64)}
-    flags |= {"BY_COLUMN": by_column, "STACKED": t.dim() == 3, "ADD": onto is not None, "BIAS": bias is not None}
+    flags, _, seed, threshold, keep_scale = _ranks(r, each if t.dim() == 3 else None, 64, seed, dropout_p, C)
+    flags |= {"BLOCK_M": config.block_m, "BLOCK_C": config.block_n, "BY_COLUMN": by_column}
+    flags |= {"ADD": onto is not None, "BIAS": bias is not None}
     args = (t, factor, bias, out, seed, threshold, scaling * keep_scale, M, C, r, each)
     launch(expand_rows, grid, args, flags, config)
     return out
+
+
+def read_dy(
+    dy: Tensor, h: Tensor | None, lora_B: Tensor | None, scaling: float, need_g: bool, need_dB: bool, need_dbias: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """`g = dy B`, `dB` and `dbias` (float32) from one read of `dy`, None where not needed."""
+    M, N = dy.shape
+    g = dy.new_empty(M, lora_B.shape[1]) if need_g and lora_B is not None else None
+    dB = torch.empty_like(lora_B) if need_dB and lora_B is not None else None
+    dbias = dy.new_empty(N, dtype=torch.float32) if need_dbias else None
+    if M == 0:
+        return g, None if dB is None else dB.zero_(), None if dbias is None else dbias.zero_()
+    if g is not None or dB is not None or dbias is not None:
+        read(dy, lora_B, h if need_dB else None, scaling, [] if dB is None else [dB], False, dbias, product=g)
+    return g, dB, dbias
 
 
 def read(
@@ -340,47 +403,56 @@ def read(
     product: Tensor | None = None,
 ) -> None:
     """One read of `x [M, C]`: fills `product [M, r]` with `x F` for `factor` `[C, r]`; `grads` with
-    `scaling * dropout(x)ᵀ t` (`[C, r]`, or `[r, C]` if `by_rank`; one for each of a stack `t [n, M, each]`); and `total [C]`
-    with the sum of the rows."""
+    `scaling * dropout(x)ᵀ t` (`[C, r]`, or `[r, C]` if `by_rank`; one for each of a stack `t [n, M, each]`, with n seeds); and
+    `total [C]` with the sum of the rows.  A product is made a slice of rows at a time, so that its partials stay small, or from
+    a read of its own where that is cheaper."""
     M, C = x.shape
     each = 1 if t is None and factor is None else (t if t is not None else factor).shape[-1]  # type: ignore[union-attr]
     r = each * max(1, len(grads))
-    config = _buffers(pick_config("read_once", M, C, 0, r, arch_of(x.device)), x.dtype)
-    R = rank_block(r, 64 if x.dtype != torch.float32 else 16)  # float32 products take no tensor cores but many registers
-    column_tiles = cdiv(C, config.block_n)
-    if product is not None and factor is not None and 4 * column_tiles * M * r > MAX_PARTIAL_BYTES:
-        project(x, factor, 0.0, None, by_column=True, h=product)
-        product = None
-        if not grads and total is None:
-            return
-    ranges = max(1, MAX_PARTIAL_BYTES // (4 * C * r))
-    steps = max(config.steps, cdiv(M, config.block_m * ranges))
-    row_ranges = cdiv(M, config.block_m * steps)
+    config = _buffers(config_of("read_once", M, C, 0, r, x.device), x.dtype)
+    most = 64 if x.dtype != torch.float32 else 16  # float32 products take no tensor cores but many registers
+    stacked = t is not None and t.dim() == 3
+    flags, tiles, seed, threshold, keep_scale = _ranks(r, each if stacked else None, most, seed, dropout_p, C)
+    columns = cdiv(C, config.block_n)
+    steps = max(config.steps, cdiv(M, config.block_m * max(1, MAX_PARTIAL_BYTES // (4 * C * r))))
+    rows = config.block_m * steps  # that one program reads
+    ranges = cdiv(M, rows)
+    at_once = ranges
+    if product is not None and factor is not None:
+        at_once = MAX_PARTIAL_BYTES // (4 * columns * r * rows)
+        if r > ONE_READ_RANKS or not at_once or not (grads or total is not None):
+            project(x, factor, 0.0, None, by_column=True, h=product)
+            product, at_once = None, ranges
+            if not grads and total is None:
+                return
 
     def partials(wanted: bool, *shape: int) -> Tensor | None:
         return x.new_empty(shape, dtype=torch.float32) if wanted else None
 
-    products = partials(product is not None, column_tiles, M, r)
-    sums = partials(bool(grads), row_ranges, C * r)
-    totals = partials(total is not None, row_ranges, C)
-    seed, threshold, keep_scale, flags = keep_args(seed, dropout_p, C)
-    flags |= {"BLOCK_M": config.block_m, "BLOCK_C": config.block_n, "R": R, "STACKED": t is not None and t.dim() == 3}
-    flags |= {"PRODUCT": product is not None, "GRAD": bool(grads), "GRAD_BY_RANK": by_rank, "TOTAL": total is not None}
-    args = (x, factor if product is not None else None, t, products, sums, totals, seed, threshold, M, C, r, each, steps)
-    launch(read_once, (row_ranges, column_tiles, cdiv(r, R)), args, flags, config)
+    products = partials(product is not None, columns, min(M, at_once * rows), r)
+    sums = partials(bool(grads), ranges, C * r)
+    totals = partials(total is not None, ranges, C)
+    flags |= {"BLOCK_M": config.block_m, "BLOCK_C": config.block_n, "PRODUCT": product is not None}
+    flags |= {"GRAD": bool(grads), "GRAD_BY_RANK": by_rank, "TOTAL": total is not None}
+    for i in range(0, ranges, at_once):
+        part = slice(i * rows, min(M, (i + at_once) * rows))
+        m = part.stop - part.start
+        here = [None if p is None else p[i:] for p in (sums, totals)]
+        args = (x[part], factor, t if stacked or t is None else t[part], products, *here, seed, threshold, m, C, r, each, steps)
+        launch(read_once, (cdiv(m, rows) * tiles, columns), args, flags, config)
+        if products is not None and product is not None:
+            _add(products.view(-1)[: columns * m * r].view(columns, m * r), product[part], 1.0)
     for i, grad in enumerate(grads):
         assert sums is not None
         _add(sums[:, i * C * each :], grad, scaling * keep_scale)
     if totals is not None and total is not None:
         _add(totals, total, 1.0)
-    if products is not None and product is not None:
-        _add(products, product, 1.0)
 
 
 def _add(partial: Tensor, out: Tensor, scale: float) -> None:
     """`out = scale * partial.sum(0)`, `partial` being `[n, at least out.numel()]`."""
     count = out.numel()
-    config = pick_config("reduce", 0, 1, count, 0, arch_of(out.device))
+    config = config_of("reduce", 0, 1, count, 0, out.device)
     args = (partial, out, scale, count, partial.stride(0), partial.shape[0])
     launch(add_partials, (cdiv(count, config.block_n),), args, {"BLOCK": config.block_n}, config)
 

@@ -2,29 +2,43 @@
 
 `shipped(arch)` runs the real ops on tensors without data and lists what they would launch on that GPU;
 `compile_build` compiles one of them and reads registers, spills, shared memory and instructions off the machine code.
+Both results are kept in Triton's cache folder, so a build that did not change costs nothing the next time.
 """
 
 from __future__ import annotations
 
+import functools
 import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
+from triton.runtime.cache import get_cache_manager
 
 from ...formats import BLOCKSIZE2, QuantizedWeight
-from . import decode_absmax, dequantize, qlora_linear, qlora_linear_backward, quantize
+from ...testing import Case
+from .. import Layer
+from . import (
+    decode_absmax,
+    dequantize,
+    qlora_linear,
+    qlora_linear_backward,
+    qlora_linear_group,
+    qlora_linear_group_backward,
+    quantize,
+    tables,
+)
 from .launch import Launch, recording
 
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (1024, 4096), (576, 576), (1536, 576), (576, 1536))
-"""(N, K) of the benchmark's layers."""
-ROWS = (1, 4, 16, 17, 64, 256, 512, 4096)
+"""(N, K) of the layers of an 8B and of a 135M model."""
+ROWS = (1, 16, 17, 64, 256, 512, 4096)
 RANKS = (8, 16, 32, 64, 256)
 SHARED_MEMORY = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 103: 232448, 120: 101376}
 """Bytes of shared memory that one program may use."""
@@ -37,6 +51,8 @@ POINTERS = {
     torch.int64: "*i64",
 }
 MATRIX = ("UTCHMMA", "UTCMMA", "HGMMA", "HMMA")
+COPIES = ("UTMALDG", "LDGSTS", "LDG")
+"""Loads from global memory: by the tensor copy engine, asynchronous to shared memory, to registers."""
 
 
 @dataclass(frozen=True)
@@ -54,31 +70,48 @@ class Build:
         return self.kernel.__name__
 
     @property
+    def float32(self) -> bool:
+        """Whether its products are of float32, which take no matrix instruction."""
+        return not any(t in ("*fp16", "*bf16") for _, t in self.signature)
+
+    @property
     def setting(self) -> str:
-        """Dtype, tile and flags, for a table."""
-        dtypes = dict.fromkeys(t for _, t in self.signature if t in ("*fp16", "*bf16"))
-        shown = {k: v for k, v in self.constants if v is not None and not k.islower() and k not in ("PTX",)}
+        """Dtypes, tile, flags, and the sizes that are no multiple of 16, for a table."""
+        types = dict(self.signature)
+        dtypes = {t[1:] for t in types.values() if t in ("*fp16", "*bf16")} or {"fp32"}
+        factors = {t[1:] for name in ("A", "B", "f", "factor") if (t := types.get(name, "")) in POINTERS.values()}
+        shown = {k: v for k, v in self.constants if v is not None and not k.islower() and k not in ("A", "B", "PTX")}
         flags = [f"{k}={v}" if not isinstance(v, bool) else k for k, v in shown.items() if v is not False]
+        aligned = {self.signature[i][0] for i in self.aligned}
+        odd = [f"{k}%16" for k in ("N", "K", "C", "r") if types.get(k, "constexpr") != "constexpr" and k not in aligned]
         options = dict(self.options)
-        return " ".join([*dtypes, *flags, f"warps={options['num_warps']}", f"stages={options['num_stages']}"])
+        words = [*sorted(dtypes), *(f"adapter:{t}" for t in sorted(factors - dtypes)), *flags, *odd]
+        return " ".join([*words, f"warps={options['num_warps']}", f"stages={options['num_stages']}"])
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the compiler made of a build. `per_weight`: instructions of the main loop and lane for each weight it decodes, or
-    None where it decodes none."""
+    """What the compiler made of a build for one architecture.
 
-    build: Build
+    Attributes:
+        stack: bytes of stack frame a thread.
+        spills: loads and stores of local memory.
+        copies: how many instructions of each of `COPIES`.
+        per_weight: instructions of the main loop and lane for each weight it decodes, or None where it decodes none.
+    """
+
     arch: int
     registers: int
     stack: int
     spills: int
     shared: int
     matrix: str
+    copies: dict[str, int]
     instructions: int
     per_weight: float | None
 
     def breaches(self) -> list[str]:
+        """A stack frame counts even without a spill: what lies there is read and written through memory."""
         out = []
         if self.stack or self.spills:
             out.append(f"{self.spills} spills, {self.stack} bytes of stack")
@@ -87,48 +120,81 @@ class Compiled:
         return out
 
 
-def shipped(arch: int, dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,)) -> list[Build]:
-    """Every kernel that the ops launch on sm_`arch` for the benchmark's shapes, once for each way it is compiled."""
-    with recording(arch) as launches:
-        for _ in _calls(dtypes):
-            pass
+@functools.cache
+def shipped(arch: int) -> list[Build]:
+    """Every kernel that the ops launch on sm_`arch`, once for each way it is compiled, tables of measured GPUs included."""
+    launches: list[Launch] = []
+    for gpu in ("", *tables.tuned(arch)):
+        with recording(arch, gpu) as found:
+            for case in _cases():
+                _run(case)
+            _run_group(Case(17, 4096, 4096), Case(4096, 4096, 4096), Case(4096, 4096, 4096, dropout=0.1))
+            _run_storage()
+        launches += found
     return list(dict.fromkeys(map(build_of, launches)))
 
 
-def _calls(dtypes: tuple[torch.dtype, ...]) -> Iterator[None]:
-    for dtype in dtypes:
-        for double_quant in (True, False):
-            for quant_type in ("nf4", "fp4") if double_quant else ("nf4",):
-                qw = meta_weight(4096, 4096, quant_type, 64, double_quant)
-                dequantize(qw, dtype)
-        for weight, quant_type, blocksize in ((4096, "nf4", 64), (4096, "fp4", 64), (65, "nf4", 64), (4096, "nf4", 4096)):
-            quantize(torch.empty(4096, weight, dtype=dtype, device="meta"), quant_type, blocksize, True)
-        dequantize(meta_weight(33, 65, "nf4", 64, True), dtype)
-        for N, K in SHAPES:
-            qw = meta_weight(N, K, "nf4", 64, True)
-            for M in ROWS:
-                x, dy = (torch.empty(M, n, dtype=dtype, device="meta") for n in (K, N))
-                qlora_linear(x, qw, None, None, 1.0, None, 0.0, None)
-                yield
-                for r in RANKS if M in (1, 256, 4096) and N == 4096 else (16, 64):
-                    A, B = torch.empty(r, K, dtype=dtype, device="meta"), torch.empty(N, r, dtype=dtype, device="meta")
-                    _, h = qlora_linear(x, qw, A, B, 2.0, None, 0.0, None)
-                    if M >= 16:
-                        qlora_linear_backward(dy, x, h, qw, A, B, 2.0, 0.0, None, (True, True, True, False))
-                    yield
-        # what the shapes above leave out: dropout, bias, float32 adapters
-        seed = torch.empty(1, dtype=torch.int64, device="meta")
-        A, B = torch.empty(16, 4096, device="meta"), torch.empty(4096, 16, device="meta")
-        bias = torch.empty(4096, dtype=dtype, device="meta")
-        qw = meta_weight(4096, 4096, "nf4", 64, False)
-        for M in (16, 256, 4096):
-            x = torch.empty(M, 4096, dtype=dtype, device="meta")
-            for p in (0.0, 0.1):
-                _, h = qlora_linear(x, qw, A, B, 2.0, bias, p, seed if p else None)
-                qlora_linear_backward(x, x, h, qw, A, B, 2.0, p, seed if p else None, (True, True, True, True))
-                yield
+def _cases() -> Iterator[Case]:
+    """The benchmark's layers, then each thing they leave out by itself."""
+    for N, K in SHAPES:
+        for M in ROWS:
+            for r in (0, *RANKS) if (N, K) == (4096, 4096) and M in (1, 256, 4096) else (0, 16, 64):
+                yield Case(M, N, K, r=r)
+    for M in (16, 64, 256, 4096):
+        case = Case(M, 4096, 4096, r=16)
+        yield replace(case, bias=True)
+        yield replace(case, dropout=0.1)
+        yield replace(case, lora_dtype=torch.bfloat16)
+        yield replace(case, dtype=torch.float16)
+        yield replace(case, quant_type="fp4")
+        yield replace(case, double_quant=False)
+        yield replace(case, blocksize=32)
+        yield replace(case, blocksize=256)
+    yield Case(64, 4096, 4096, r=16, dtype=torch.float32, dropout=0.1)
+    yield Case(64, 65, 65, r=3)
+
+
+def _run(case: Case) -> None:
+    """Forward, and backward where layers are trained: not with a few rows."""
+    x, dy, (qw, A, B, scaling, bias, p, seed) = _inputs(case)
+    _, h = qlora_linear(x, qw, A, B, scaling, bias, p, seed)
+    if case.M >= 16:
+        needs = (True, case.r > 0, case.r > 0, case.bias)
+        qlora_linear_backward(dy, x, h if case.r else None, qw, A, B, scaling, p, seed, needs)
+
+
+def _run_group(*cases: Case) -> None:
+    """Each case twice, on the same input."""
+    for case in cases:
+        x, dy, layer = _inputs(case)
+        _, hs = qlora_linear_group(x, [layer, layer])
+        qlora_linear_group_backward([dy, dy], x, hs, [layer, layer], True, [(True, True, False)] * 2)
+
+
+def _run_storage() -> None:
+    """quantize, dequantize and decode_absmax."""
+    for quant_type, blocksize, columns in (("nf4", 64, 4096), ("fp4", 64, 4096), ("nf4", 64, 65), ("nf4", 4096, 4096)):
+        quantize(torch.empty(4096, columns, dtype=torch.bfloat16, device="meta"), quant_type, blocksize, True)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for weight in (("nf4", 64, True), ("fp4", 64, True), ("nf4", 64, False), ("nf4", 256, True)):
+            dequantize(meta_weight(4096, 4096, *weight), dtype)
+    dequantize(meta_weight(33, 65, "nf4", 64, True), torch.bfloat16)
     absmax, absmax2, code2, offset = (t for t in meta_weight(4096, 4096, "nf4", 64, True).op_args()[1:5])
     decode_absmax(absmax, absmax2, code2, offset)
+
+
+def _inputs(case: Case) -> tuple[Tensor, Tensor, Layer]:
+    """x, dy and the layer of a case, without data."""
+
+    def empty(*shape: int, dtype: torch.dtype = case.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    qw = meta_weight(case.N, case.K, case.quant_type, case.blocksize, case.double_quant)
+    A = empty(case.r, case.K, dtype=case.lora_dtype) if case.r else None
+    B = empty(case.N, case.r, dtype=case.lora_dtype) if case.r else None
+    bias = empty(case.N, dtype=case.lora_dtype) if case.bias else None
+    seed = empty(1, dtype=torch.int64) if case.dropout else None
+    return empty(case.M, case.K), empty(case.M, case.N), (qw, A, B, case.scaling, bias, case.dropout, seed)
 
 
 def meta_weight(N: int, K: int, quant_type: str, blocksize: int, double_quant: bool) -> QuantizedWeight:
@@ -182,26 +248,31 @@ def compile_build(build: Build, arch: int) -> Compiled:
     attrs = {(i,): [["tt.divisibility", 16]] for i in build.aligned}
     source = ASTSource(build.kernel, dict(build.signature), dict(build.constants), attrs)
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(build.options))
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
-        f.write(compiled.asm["cubin"])
-        f.flush()
-        usage = _tool("cuobjdump", "-res-usage", f.name)
-        sass = _tool("nvdisasm", "-c", f.name)
-    found = re.search(r"REG:(\d+)\s+STACK:(\d+)", usage)
-    assert found, usage
-    lines = instructions(sass)
+    cache = get_cache_manager(compiled.metadata.hash)
+    kept = cache.get_file("disassembly.txt")
+    if kept is None:
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
+            f.write(compiled.asm["cubin"])
+            f.flush()
+            text = _tool("cuobjdump", "-res-usage", f.name) + _tool("nvdisasm", "-c", f.name)
+        cache.put(text, "disassembly.txt", binary=False)
+    else:
+        text = Path(kept).read_text()
+    found = re.search(r"REG:(\d+)\s+STACK:(\d+)", text)
+    assert found, text
+    lines = instructions(text)
     matrix = next((k for k in MATRIX if any(k in op for _, op in lines)), "-")
     weights = _weights_per_lane(build)
     return Compiled(
-        build,
         arch,
         int(found[1]),
         int(found[2]),
         sum(op.startswith(("LDL", "STL")) for _, op in lines),
         compiled.metadata.shared,
         matrix,
+        {name: sum(op.split(None, 1)[0].split(".")[0] == name for _, op in lines) for name in COPIES},
         len(lines),
-        None if weights is None else len(main_loop(sass, lines)) / weights,
+        None if weights is None else len(main_loop(text, lines)) / weights,
     )
 
 

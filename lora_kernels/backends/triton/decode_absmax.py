@@ -7,8 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import arch_of, cdiv, has_ptx, launch, on
-from .settings import pick_config
+from .launch import cdiv, config_of, has_ptx, launch, on
 from .tiles import load_absmax
 
 
@@ -16,13 +15,14 @@ from .tiles import load_absmax
 def decode_scales(absmax, code2, absmax2, offset, out, count, BLOCK: tl.constexpr, PTX: tl.constexpr):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = i < count
-    value = load_absmax(absmax, code2, absmax2, offset, tl.where(inside, i, 0), True, PTX)
+    block = tl.where(inside, i, 0)
+    value = load_absmax(absmax, code2, absmax2, offset, block >> 31, block, True, PTX)
     tl.store(out + i, value, mask=inside)
 
 
 def decode_absmax(absmax: Tensor, absmax2: Tensor, code2: Tensor, offset: Tensor) -> Tensor:
     out = torch.empty_like(absmax, dtype=torch.float32)
-    config = pick_config("decode_absmax", 0, 1, absmax.numel(), 0, arch_of(absmax.device))
+    config = config_of("decode_absmax", 0, 1, absmax.numel(), 0, absmax.device)
     with on(absmax.device):
         flags = {"BLOCK": config.block_n, "PTX": has_ptx()}
         launch(

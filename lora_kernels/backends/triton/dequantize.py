@@ -10,8 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...formats import QuantizedWeight
-from .launch import arch_of, cdiv, constant, group_of, has_ptx, launch, on, weight_args, weight_meta
-from .settings import pick_config
+from .launch import cdiv, config_of, constant, group_of, has_ptx, launch, on, weight_args, weight_meta
 from .tiles import cast, decode, load_absmax
 
 
@@ -47,7 +46,7 @@ def dequantize_groups(
     words = packed.to(tl.pointer_type(tl.int32), bitcast=True)
     W: tl.constexpr = GROUP // 8
     q = tl.load(words + group[:, None].to(tl.int64) * W + tl.arange(0, W)[None, :])
-    s = load_absmax(absmax, code2, absmax2, offset, group >> SHIFT, NESTED, PTX)[:, None]
+    s = load_absmax(absmax, code2, absmax2, offset, group >> 31, group >> SHIFT, NESTED, PTX)[:, None]
     w = decode(q, s, lut, N_GROUPS, W, out.dtype.element_ty, NF4, PTX)
     tl.store(out + e[:, None].to(tl.int64) * GROUP + tl.arange(0, GROUP)[None, :], w, mask=inside[:, None])
 
@@ -77,7 +76,8 @@ def dequantize_elements(
     i = first + e // cols * row_elements + e % cols
     byte = tl.load(packed + i // 2).to(tl.int32)
     code = tl.where(i % 2 == 0, byte >> 4, byte & 15)
-    s = load_absmax(absmax, code2, absmax2, offset, (i // BLOCKSIZE).to(tl.int32), NESTED, PTX)
+    block = (i // BLOCKSIZE).to(tl.int32)
+    s = load_absmax(absmax, code2, absmax2, offset, block >> 31, block, NESTED, PTX)
     tl.store(out + e, cast(tl.load(lut + code) * s, out.dtype.element_ty), mask=inside)
 
 
@@ -89,10 +89,10 @@ def dequantize(qw: QuantizedWeight, dtype: torch.dtype) -> Tensor:
     return out
 
 
-def decode_panel(qw: QuantizedWeight, dtype: torch.dtype, rows: range, cols: range) -> Tensor:
-    """`W[rows, cols]` in `dtype`, contiguous, for a weight `[N, K]`."""
+def decode_panel(qw: QuantizedWeight, rows: range, cols: range, panel: Tensor) -> Tensor:
+    """`W[rows, cols]` of a weight `[N, K]`, contiguous, at the start of the flat buffer `panel` and in its dtype."""
     K = qw.shape[1]
-    out = torch.empty(len(rows), len(cols), dtype=dtype, device=qw.device)
+    out = panel[: len(rows) * len(cols)].view(len(rows), len(cols))
     first = rows.start * K + cols.start
     if len(cols) == K:
         _launch(qw, out, first, out.numel(), out.numel())
@@ -104,7 +104,7 @@ def decode_panel(qw: QuantizedWeight, dtype: torch.dtype, rows: range, cols: ran
 def _launch(qw: QuantizedWeight, out: Tensor, first: int, cols: int, stride: int) -> None:
     """Decodes to `out` the first `cols` elements of each run of `stride`, from element `first` on."""
     count, strip = out.numel(), cols != out.numel()
-    config = pick_config("dequantize", 0, 1, count, 0, arch_of(qw.device))
+    config = config_of("dequantize", 0, 1, count, 0, qw.device)
     args = weight_args(qw, out.dtype)
     group = group_of(qw, math.gcd(first, count, cols, stride if strip else 0))
     if group:

@@ -2,6 +2,9 @@
 
 Triton compiles a kernel once for each combination of dtypes, flags, tile and divisibility by 16 of its integers, and keeps it;
 nothing is tuned or synchronised in a call.  Kernels run on the current stream of the device of their arguments.
+
+What Triton asks of each of some 35 arguments on every call costs the host more than the call of the driver, so the compiled
+kernels are also kept here, by what they were compiled for, and launched directly.
 """
 
 from __future__ import annotations
@@ -17,7 +20,8 @@ import triton
 from torch import Tensor
 
 from ...formats import QuantizedWeight, codebook
-from .settings import Config
+from .settings import Config, pick_config
+from .tables import entries_of, nearest
 from .tiles import INTERPRET
 
 
@@ -35,6 +39,7 @@ class Launch:
 @dataclass
 class Recording:
     arch: int
+    gpu: str
     launches: list[Launch]
 
 
@@ -42,24 +47,43 @@ _recording: Recording | None = None
 
 
 @contextmanager
-def recording(arch: int) -> Iterator[list[Launch]]:
+def recording(arch: int, gpu: str = "") -> Iterator[list[Launch]]:
     """Lists the launches made inside the block, for a GPU of compute capability `arch`, instead of doing them.
 
-    Meant for tensors on the meta device: the settings, flags and argument types are those of real calls.
+    Meant for tensors on the meta device: the settings, flags and argument types are those of real calls.  `gpu`: the GPU
+    whose table of measured settings is used.
     """
     global _recording
-    _recording = Recording(arch, [])
+    _recording = Recording(arch, gpu, [])
     try:
         yield _recording.launches
     finally:
         _recording = None
 
 
+_compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+"""Compiled kernels and their constants in order, by device, kernel, setting, constants and arguments."""
+MOST_COMPILED = 1 << 14
+
+
 def launch(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], meta: dict[str, Any], config: Config) -> None:
     if _recording is not None:
         _recording.launches.append(Launch(kernel, grid, args, meta, config))
-    elif all(grid):
+    elif not all(grid):
+        return
+    elif not has_ptx():  # the interpreter; AMD, where Triton looks at more than dtype and alignment of a tensor
         kernel[grid](*args, **meta, **config.options)
+    else:
+        kinds = [(a.dtype, a.data_ptr() % 16) if isinstance(a, Tensor) else a for a in args]
+        key = (args[0].device, kernel, config, *meta.values(), *kinds)
+        if key in _compiled:
+            compiled, constants = _compiled[key]
+            compiled[(*grid, 1, 1)[:3]](*args, *constants)
+        else:
+            if len(_compiled) >= MOST_COMPILED:
+                _compiled.clear()
+            compiled = kernel[grid](*args, **meta, **config.options)
+            _compiled[key] = compiled, tuple(meta[name] for name in kernel.arg_names[len(args) :])
 
 
 def on(device: torch.device) -> AbstractContextManager[Any]:
@@ -69,17 +93,42 @@ def on(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device)
 
 
-def arch_of(device: torch.device) -> int:
-    """Compute capability as major * 10 + minor; 90 for the interpreter and for other vendors."""
-    return _recording.arch if _recording is not None else _arch(device)
+# ---- settings
+
+_forced: dict[str, Config] = {}
+
+
+@contextmanager
+def forcing(**configs: Config) -> Iterator[None]:
+    """Every launch of the ops named in the block uses the setting given: for the tuner and for tests."""
+    global _forced
+    before, _forced = _forced, _forced | configs
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def config_of(op: str, M: int, N: int, K: int, r: int, device: torch.device) -> Config:
+    """How kernel `op` is launched on `device`: as measured there, else as `pick_config` says."""
+    if op in _forced:
+        return _forced[op]
+    where = (_recording.arch, _recording.gpu) if _recording is not None else _gpu(device)
+    return _config(op, M, N, K, r, *where)
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _config(op: str, M: int, N: int, K: int, r: int, arch: int, gpu: str) -> Config:
+    return nearest(entries_of(gpu), op, M, N, K, r) or pick_config(op, M, N, K, r, arch)
 
 
 @functools.cache
-def _arch(device: torch.device) -> int:
+def _gpu(device: torch.device) -> tuple[int, str]:
+    """Compute capability as major * 10 + minor, and name; 90 for the interpreter and for other vendors."""
     if device.type != "cuda" or torch.version.hip is not None:
-        return 90
+        return 90, ""
     major, minor = torch.cuda.get_device_capability(device)
-    return major * 10 + minor
+    return major * 10 + minor, torch.cuda.get_device_name(device)
 
 
 def has_ptx() -> bool:

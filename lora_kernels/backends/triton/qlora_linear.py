@@ -17,8 +17,8 @@ from torch import Tensor
 from ...formats import QuantizedWeight
 from .adapter import expand, low_rank, project
 from .dequantize import decode_panel
-from .launch import arch_of, cdiv, group_of, launch, on, rank_block, weight_args, weight_meta
-from .settings import MAX_PANEL_BYTES, Config, pick_config
+from .launch import cdiv, config_of, group_of, launch, on, rank_block, weight_args, weight_meta
+from .settings import MAX_PANEL_BYTES, Config
 from .tiles import cast, dot, last_arrival, load_weight, shuffle_k, swizzle, to_float
 from .workspace import counters
 
@@ -71,9 +71,8 @@ def linear_small(
     rn = pn * BLOCK_N + tl.arange(0, BLOCK_N)
     rr = tl.arange(0, R)
     mm = rm < M
-    mn = rn < N
     mr = rr < r
-    rows = tl.where(mn, rn, 0)
+    rows = tl.minimum(rn, N - 1)
     chunk = tl.cdiv(tl.cdiv(K, BLOCK_K), split) * BLOCK_K
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     part_h = tl.zeros((BLOCK_M, R), tl.float32)
@@ -87,7 +86,7 @@ def linear_small(
             mx = mx & (rk >= k)[None, :]
         a = tl.load(x + rm[:, None] * K + rk[None, :], mask=mx, other=0.0)
         w = load_weight(
-            packed, absmax, code2, absmax2, offset, lut, rows, col, K,
+            packed, absmax, code2, absmax2, offset, lut, rows >> 31, rows, col, K,
             BLOCK_N, BLOCK_K, DT, GROUP, SHIFT, NESTED, NF4, WORD4, PTX,
         )  # fmt: skip
         if SHUFFLE:
@@ -111,7 +110,7 @@ def linear_small(
         acc += term * scaling
     if BIAS and pk == 0:
         acc += to_float(tl.load(bias + rows))[:, None]
-    inside = mn[:, None] & mm[None, :]
+    inside = (rn < N)[:, None] & mm[None, :]
     at = rm[None, :] * N + rn[:, None]
     at_h = rm[:, None] * r + rr[None, :]
     inside_h = mm[:, None] & mr[None, :]
@@ -171,14 +170,12 @@ def linear_fused(
     pm, pn = swizzle(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
     rm = pm * BLOCK_M + tl.arange(0, BLOCK_M)
     rn = pn * BLOCK_N + tl.arange(0, BLOCK_N)
-    mm = rm < M
-    mn = rn < N
-    rows = tl.where(mm, rm, 0).to(tl.int64)
-    outs = tl.where(mn, rn, 0)
+    rows = tl.minimum(rm, M - 1).to(tl.int64)  # clamped, not masked: a mask keeps predicates alive across the loop
+    outs = tl.minimum(rn, N - 1)
     x_tile = x + pm.to(tl.int64) * BLOCK_M * K  # offsets inside the tile fit in 32 bits, half the instructions
-    local = tl.where(mm, tl.arange(0, BLOCK_M), 0)
+    local = tl.minimum(tl.arange(0, BLOCK_M), M - 1 - pm * BLOCK_M)
     if LORA:
-        acc = low_rank(h, B, rows, outs, mn, M, N, r, r, BLOCK_M, BLOCK_N, R, True, False, DT) * scaling
+        acc = low_rank(h, B, rows, outs, rn < N, M, N, r, 0, r, r, BLOCK_M, BLOCK_N, R, True, False, DT) * scaling
     else:
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if BIAS:
@@ -192,11 +189,11 @@ def linear_fused(
             rk = col + tl.arange(0, BLOCK_K)
             a = tl.load(x_tile + local[:, None] * K + rk[None, :], mask=(rk >= k)[None, :], other=0.0)
         w = load_weight(
-            packed, absmax, code2, absmax2, offset, lut, outs, col, K,
+            packed, absmax, code2, absmax2, offset, lut, outs >> 31, outs, col, K,
             BLOCK_N, BLOCK_K, DT, GROUP, SHIFT, NESTED, NF4, False, PTX,
         )  # fmt: skip
         acc = dot(a, w.T, acc)
-    tl.store(y + rows[:, None] * N + rn[None, :], cast(acc, DT), mask=mm[:, None] & mn[None, :])
+    tl.store(y + rows[:, None] * N + rn[None, :], cast(acc, DT), mask=(rm < M)[:, None] & (rn < N)[None, :])
 
 
 # ---- launchers
@@ -231,14 +228,14 @@ def qlora_linear(
 
 def linear_config(x: Tensor, qw: QuantizedWeight, r: int) -> Config:
     N, K = qw.shape
-    config = pick_config("qlora_linear", x.shape[0], N, K, r, arch_of(x.device))
-    return usable(config, qw, K, K, config.block_k, x)
+    return usable(config_of("qlora_linear", x.shape[0], N, K, r, x.device), qw, x)
 
 
-def usable(config: Config, qw: QuantizedWeight, multiple: int, columns: int, tile: int, x: Tensor) -> Config:
-    """`config`, or the panel path where W has no aligned groups along `multiple`, or `columns` do not fill a `tile`, or
-    products are float32, which has no tensor cores to feed."""
-    fits = group_of(qw, multiple) and columns >= tile and x.dtype != torch.float32
+def usable(config: Config, qw: QuantizedWeight, x: Tensor) -> Config:
+    """`config`, or the panel path where W has no aligned groups along K, or K does not fill a tile, or products are float32,
+    which has no tensor cores to feed."""
+    K = qw.shape[1]
+    fits = group_of(qw, K) and config.block_k <= K and x.dtype != torch.float32
     return config if fits else Config("panel")
 
 
@@ -308,8 +305,10 @@ def _panel(
     N, K = qw.shape
     seeded = lora_B is not None
     y = expand(h, lora_B, True, scaling, bias, 0.0, None) if lora_B is not None else x.new_empty(x.shape[0], N)
-    for rows in slices(N, K * x.itemsize):
-        w = decode_panel(qw, x.dtype, rows, range(K))
+    strips = slices(N, K * x.itemsize)
+    panel = x.new_empty(len(strips[0]) * K)
+    for rows in strips:
+        w = decode_panel(qw, rows, range(K), panel)
         out = y[:, rows.start : rows.stop]
         if seeded:
             out.addmm_(x, w.T)

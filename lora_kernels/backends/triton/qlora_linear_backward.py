@@ -13,11 +13,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ...formats import QuantizedWeight
-from .adapter import expand, keep_args, low_rank, read
+from .adapter import expand, keep_args, low_rank, read, read_dy
 from .dequantize import decode_panel
-from .launch import arch_of, cdiv, group_of, launch, on, rank_block, weight_args, weight_meta
+from .launch import cdiv, config_of, group_of, launch, on, rank_block, weight_args, weight_meta
 from .qlora_linear import slices, usable
-from .settings import Config, pick_config
+from .settings import Config
 from .tiles import cast, dot, kept, load_weight, swizzle, to_float
 
 
@@ -67,11 +67,12 @@ def dx_fused(
     dy_tile = dy + pm.to(tl.int64) * BLOCK_M * N
     local = tl.where(mm, tl.arange(0, BLOCK_M), 0)
     if LORA:
-        acc = low_rank(g, A, rows, rk, rk < K, M, K, r, r, BLOCK_M, BLOCK_K, R, False, False, DT) * scale
+        acc = low_rank(g, A, rows, rk, rk < K, M, K, r, 0, r, r, BLOCK_M, BLOCK_K, R, False, False, DT) * scale
         if DROPOUT:
             acc = tl.where(kept(seed, threshold, rows, col, K, BLOCK_M, BLOCK_K, QUAD), acc, 0.0)
     else:
         acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+    zero = (col + tl.arange(0, BLOCK_N)) >> 31
     for n in range(0, N, BLOCK_N):
         rn = n + tl.arange(0, BLOCK_N)
         if EVEN_N:
@@ -81,7 +82,7 @@ def dx_fused(
             d = tl.load(dy_tile + local[:, None] * N + rn[None, :], mask=(rn < N)[None, :], other=0.0)
             outs = tl.minimum(rn, N - 1)
         w = load_weight(
-            packed, absmax, code2, absmax2, offset, lut, outs, col, K,
+            packed, absmax, code2, absmax2, offset, lut, zero, outs, col, K,
             BLOCK_N, BLOCK_K, DT, GROUP, SHIFT, NESTED, NF4, False, PTX,
         )  # fmt: skip
         acc = dot(d, w, acc)
@@ -118,21 +119,6 @@ def qlora_linear_backward(
                 dA.zero_()
         dx = add_dx(dy, g, qw, lora_A, scaling, dropout_p, seed, None) if need_dx else None
     return dx, dA, dB, dbias
-
-
-def read_dy(
-    dy: Tensor, h: Tensor | None, lora_B: Tensor | None, scaling: float, need_g: bool, need_dB: bool, need_dbias: bool
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """`g`, `dB` and `dbias` from one read of `dy`, None where not needed."""
-    M, N = dy.shape
-    g = dy.new_empty(M, lora_B.shape[1]) if need_g and lora_B is not None else None
-    dB = torch.empty_like(lora_B) if need_dB and lora_B is not None else None
-    dbias = dy.new_empty(N, dtype=torch.float32) if need_dbias else None
-    if M == 0:
-        return g, None if dB is None else dB.zero_(), None if dbias is None else dbias.zero_()
-    if g is not None or dB is not None or dbias is not None:
-        read(dy, lora_B, h if need_dB else None, scaling, [] if dB is None else [dB], False, dbias, product=g)
-    return g, dB, dbias
 
 
 def add_dx(
@@ -175,16 +161,17 @@ def add_dx(
 
 def dx_config(dy: Tensor, qw: QuantizedWeight, r: int) -> Config:
     N, K = qw.shape
-    config = pick_config("dx", dy.shape[0], N, K, r, arch_of(dy.device))
-    return usable(config, qw, K, K, config.block_k, dy)
+    return usable(config_of("dx", dy.shape[0], N, K, r, dy.device), qw, dy)
 
 
 def add_panels(dy: Tensor, qw: QuantizedWeight, onto: Tensor | None) -> Tensor:
     """`dy W`, added to `onto` if it is given, a strip of columns at a time."""
     N, K = qw.shape
     dx = dy.new_empty(dy.shape[0], K) if onto is None else onto
-    for cols in slices(K, N * dy.itemsize):
-        w = decode_panel(qw, dy.dtype, range(N), cols)
+    strips = slices(K, N * dy.itemsize)
+    panel = dy.new_empty(N * len(strips[0]))
+    for cols in strips:
+        w = decode_panel(qw, range(N), cols, panel)
         strip = dx[:, cols.start : cols.stop]
         torch.mm(dy, w, out=strip) if onto is None else strip.addmm_(dy, w)
     return dx

@@ -14,8 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...formats import BLOCKSIZE2, DYNAMIC_MAP, codebook
-from .launch import arch_of, cdiv, launch, on
-from .settings import pick_config
+from .launch import cdiv, config_of, launch, on
 from .tiles import to_float
 
 
@@ -110,7 +109,7 @@ def quantize(
     packed = torch.empty((n + 1) // 2, dtype=torch.uint8, device=device)
     absmax = torch.empty(n_blocks, dtype=torch.float32, device=device)
     bad = torch.zeros(1, dtype=torch.int32, device=device)
-    config = pick_config("quantize", 0, 1, n, 0, arch_of(device))
+    config = config_of("quantize", 0, 1, n, 0, device)
     many = max(1, config.block_n // blocksize)
     flags = {"BLOCKSIZE": blocksize, "N_BLOCKS": many, "TAIL": n % blocksize != 0, "NF4": quant_type == "nf4"}
     with on(device):

@@ -1,8 +1,8 @@
 # ruff: noqa: SIM300 (M and K are sizes, not constants)
 """How each kernel is launched: a frozen `Config` and the pure function that picks one.
 
-No GPU is needed and nothing is timed here.  A GPU that has no table of its own gets the floors: the values that follow from
-instruction counts and memory traffic rather than from a clock (see `pick_config`).
+No GPU is needed and nothing is timed here: these are the floors, values that follow from instruction counts and memory
+traffic rather than from a clock.  A GPU that was measured has a table that comes first (see `tables`).
 """
 
 from __future__ import annotations
@@ -100,9 +100,8 @@ def _qlora_linear(M: int, N: int, K: int, r: int, gpu: Gpu, arch: int) -> Config
     if M <= gpu.small:
         return _small(M, N, K, r, gpu, arch)
     if M <= gpu.fused:
-        if not _asynchronous(
-            arch
-        ):  # 4 warps side by side along N: each decodes its own part of W, 8.6 instructions a weight for 17
+        if not _asynchronous(arch):
+            # 4 warps side by side along N: each decodes its own part of W, 8.6 instructions a weight for 17
             return Config("fused", 64, 128, 64, warps=4)
         # 128 x 128 x 64 with 8 warps leaves room for two programs an SM, and the second one is what hides the decode
         block_n = 128 if _tiles(M, 128, N, 128) >= gpu.sms else 64
@@ -114,11 +113,11 @@ def _qlora_linear(M: int, N: int, K: int, r: int, gpu: Gpu, arch: int) -> Config
 
 def _small(M: int, N: int, K: int, r: int, gpu: Gpu, arch: int) -> Config:
     block_m = 16 if M <= 16 else 32 if M <= 32 else 64
-    shuffle = not 100 <= arch < 120  # the shuffled operand does not compile for tensor memory in Triton 3.6
+    shuffle = not _tensor_memory(arch)  # the shuffled operand does not compile for it in Triton 3.6
     fuse_h = block_m == 16 and 0 < r <= 16
     config = Config("small", block_m, 64, 128, warps=4, shuffle=shuffle, fuse_h=fuse_h)
-    if block_m == 64 or (fuse_h and not shuffle):
-        config = replace(config, block_n=128, warps=8)
+    if block_m == 64 or (_tensor_memory(arch) and (fuse_h or block_m == 32)):
+        config = replace(config, block_n=128, warps=8, stages=2 if fuse_h else 3)
     elif block_m == 16 and not fuse_h and K % 256 == 0 and _asynchronous(arch):
         config = replace(config, block_k=256)
     if K < config.block_k:
@@ -141,24 +140,30 @@ def _asynchronous(arch: int) -> bool:
     return 90 <= arch < 120
 
 
+def _tensor_memory(arch: int) -> bool:
+    """Whether accumulators live in tensor memory (sm_100), from where some tiles come back through spills."""
+    return 100 <= arch < 120
+
+
 def _project(M: int, N: int, K: int, r: int, gpu: Gpu, arch: int) -> Config:
     block_m = 16 if M <= 16 else 32 if M <= 32 else 64
     tiles = -(-M // block_m)
     split = max(1, min(2 * gpu.sms // tiles, K // 512, 32))
-    return Config("", block_m, 64 if r <= 64 else 128, 64, split=split, warps=4 if r <= 64 else 8, stages=4 if r <= 64 else 3)
+    if r <= 64:
+        return Config("", block_m, 64, 64, split=split, warps=4, stages=4)
+    return Config("", block_m, 128, 64, split=split, warps=8, stages=2 if _tensor_memory(arch) and block_m == 64 else 3)
 
 
 def _expand(M: int, N: int, K: int, r: int, gpu: Gpu, arch: int) -> Config:
-    return Config("", 64, 128, 64, warps=4, stages=2)
+    return Config("", 64, 128, 64, warps=8, stages=2)
 
 
 def _read_once(M: int, N: int, K: int, r: int, gpu: Gpu, arch: int) -> Config:
-    block_m = 64 if M > 32 else 32 if M > 16 else 16
+    block_m = 64 if M > 32 else 32
     columns = -(-N // 128)
-    steps = max(
-        1, min(8, -(-M // block_m) * columns // (2 * gpu.sms))
-    )  # fewer partials of dB, as long as 2 programs an SM are left
-    return Config("", block_m, 128, steps=steps, warps=4 if r <= 16 and not _asynchronous(arch) else 8)
+    # fewer partials of dB, as long as 2 programs an SM are left
+    steps = max(1, min(8, -(-M // block_m) * columns // (2 * gpu.sms)))
+    return Config("", block_m, 128, steps=steps, warps=4 if r <= 32 and not _asynchronous(arch) else 8)
 
 
 _PICK = {
@@ -172,6 +177,7 @@ _PICK = {
     "expand": _expand,
     "read_once": _read_once,
 }
+OPS = tuple(_PICK)
 
 
 def _tiles(M: int, block_m: int, N: int, block_n: int) -> int:

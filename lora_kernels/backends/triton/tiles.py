@@ -109,22 +109,22 @@ def mul_add(a, b, c, PTX: tl.constexpr):
 
 
 @triton.jit
-def load_absmax(absmax, code2, absmax2, offset, block, NESTED: tl.constexpr, PTX: tl.constexpr):
+def load_absmax(absmax, code2, absmax2, offset, zero, block, NESTED: tl.constexpr, PTX: tl.constexpr):
     """float32 scale of each block index, double quantization decoded in registers.
 
-    The one `offset` is loaded at a vector of addresses (`block >> 31` is zero for an int32 index): as a scalar it would be
-    splat into the layout of the decoded tile, and Triton 3.6 then converts layouts after the decode instead of before it,
-    64 two-byte stores to shared memory a step.
+    The one `offset` is loaded at a vector of addresses, `zero`: zeros that the compiler can't see through.  As a scalar it
+    would be splat into the layout of the decoded tile, and Triton 3.6 then converts layouts after the decode instead of before
+    it, 64 two-byte stores to shared memory a step.  In a loop, `zero` must not depend on the step, or it is loaded in each.
     """
     if NESTED:
         value = tl.load(code2 + tl.load(absmax + block).to(tl.int32))
-        return mul_add(value, tl.load(absmax2 + (block >> 8)), tl.load(offset + (block >> 31)), PTX)
+        return mul_add(value, tl.load(absmax2 + (block >> 8)), tl.load(offset + zero), PTX)
     else:
         return tl.load(absmax + block)
 
 
 @triton.jit
-def load_absmax4(absmax, code2, absmax2, offset, word, NESTED: tl.constexpr, PTX: tl.constexpr):
+def load_absmax4(absmax, code2, absmax2, offset, zero, word, NESTED: tl.constexpr, PTX: tl.constexpr):
     """The same for 4 neighbouring blocks at once, int32 `[R, 1]` index of 4 -> `[R, 4]`.
 
     A 4-byte load is asynchronous and is pipelined together with the gather from `code2`; a 1-byte load is not.
@@ -133,7 +133,7 @@ def load_absmax4(absmax, code2, absmax2, offset, word, NESTED: tl.constexpr, PTX
     if NESTED:
         four = tl.load(absmax.to(tl.pointer_type(tl.int32), bitcast=True) + word)
         value = tl.load(code2 + ((four >> (8 * j)) & 255))
-        return mul_add(value, tl.load(absmax2 + (word >> 6)), tl.load(offset + (word >> 31)), PTX)
+        return mul_add(value, tl.load(absmax2 + (word >> 6)), tl.load(offset + zero), PTX)
     else:
         return tl.load(absmax + word * 4 + j)
 
@@ -182,6 +182,7 @@ def load_weight(
     absmax2,
     offset,
     lut,
+    zero,
     rows,
     col,
     K,
@@ -195,7 +196,8 @@ def load_weight(
     WORD4: tl.constexpr,
     PTX: tl.constexpr,
 ):
-    """The decoded tile `W[rows, col : col + C]`, DT `[R, C]`; rows and columns in range, K and col multiples of GROUP.
+    """The decoded tile `W[rows, col : col + C]`, DT `[R, C]`; rows and columns in range, K and col multiples of GROUP;
+    `zero [R]` as in `load_absmax`.
 
     No mask: on the packed load it costs a predicate and a zero fill a word, 12% of a GEMM's main loop.
     """
@@ -206,10 +208,11 @@ def load_weight(
     q = tl.load(words + rows[:, None] * row_words + (first + tl.arange(0, C // 8))[None, :])
     if WORD4:
         tl.static_assert(G == 4 and SHIFT == 0)
-        s = load_absmax4(absmax, code2, absmax2, offset, rows[:, None] * (K // (4 * GROUP)) + col // (4 * GROUP), NESTED, PTX)
+        word = rows[:, None] * (K // (4 * GROUP)) + col // (4 * GROUP)
+        s = load_absmax4(absmax, code2, absmax2, offset, zero[:, None], word, NESTED, PTX)
     else:
         group = rows[:, None] * (K // GROUP) + (col // GROUP + tl.arange(0, G))[None, :]
-        s = load_absmax(absmax, code2, absmax2, offset, group >> SHIFT, NESTED, PTX)
+        s = load_absmax(absmax, code2, absmax2, offset, zero[:, None], group >> SHIFT, NESTED, PTX)
     W: tl.constexpr = GROUP // 8
     tile = decode(tl.reshape(q, (R * G, W)), tl.reshape(s, (R * G, 1)), lut, R * G, W, DT, NF4, PTX)
     return tl.reshape(tile, (R, C))
