@@ -32,13 +32,14 @@ def bnb_kernel(packed, state, dtype):
 
     - it starts a new block at each row of K % 16 == 0 elements that K % blocksize != 0 does not divide into whole blocks;
     - it flushes bfloat16 subnormals to zero.
+    A weight of one byte comes back transposed, because its [1, 1] codes look like those of a transposed weight.
     Shapes for which it runs `bnb_generic` itself under torch.compile are left out too, for the time that compiling takes.
     """
     K = state.shape[-1]
     if len(state.shape) == 1 or K % 2 or state.blocksize >= 2048 or (K % 16 == 0 and K % state.blocksize):
         return None
     previous, state.dtype = state.dtype, dtype
-    out = F.dequantize_4bit(packed, state)
+    out = F.dequantize_4bit(packed, state).reshape(state.shape)
     state.dtype = previous
     generic = bnb_generic(packed, state, dtype)
     subnormal = (generic != 0) & (generic.abs() < torch.finfo(torch.bfloat16).smallest_normal)

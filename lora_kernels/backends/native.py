@@ -42,6 +42,8 @@ def unavailable(device: torch.device) -> str | None:
     extension, reason = _load()
     if reason is not None or device.type == "cpu":
         return reason
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
     if device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     return _unavailable_cuda(extension, device)
