@@ -25,7 +25,7 @@ from .suite import write_text
 
 MATRIX = {80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 103: "UTCHMMA", 120: "HMMA"}
 """The matrix instruction that a large tile is meant to become: mma.sync, wgmma on sm_90, tcgen05 on sm_100."""
-LARGE = ("linear_small", "linear_fused", "dx_fused")
+LARGE = ("linear_small", "linear_fused", "linear_gluon", "dx_fused")
 """Kernels whose tile is large enough for it; the other products (rank-r tiles) must have some matrix instruction."""
 ADAPTER = ("project", "expand", "read_once")
 RECORDED = Path(__file__).parent / "instructions.json"

@@ -52,6 +52,7 @@ FIELDS: dict[str, dict[str, tuple[Any, ...]]] = {
         "group": (4, 8, 16),
         "registers": (0, 128),
     },
+    "gluon": {"block_m": (128, 256), "stages": (3, 4, 5), "group": (4, 8, 16)},
     "panel": {},
     "project": {
         "block_m": (16, 32, 64, 128),
@@ -200,6 +201,8 @@ def starts(problem: Problem, arch: int) -> list[Any]:
     if problem.op == "qlora_linear" and case.M <= 64:
         block_m = 16 if case.M <= 16 else 32 if case.M <= 32 else 64
         others.append(settings.Config("small", block_m, 64, 128 if case.K >= 128 else 32, warps=4))
+    if problem.op == "qlora_linear" and arch == 90 and case.M > 64:
+        others.append(settings.Config("gluon", 128 if case.M <= 128 else 256, 128, 64, warps=8, stages=4))
     return [shipped, *(c for c in others if c.path != shipped.path)]
 
 

@@ -12,6 +12,7 @@ from conftest import assert_same_bits, run_ops
 import lora_kernels as lk
 from lora_kernels.backends import reference, triton
 from lora_kernels.backends.triton.launch import forcing
+from lora_kernels.backends.triton.qlora_linear import linear_config
 from lora_kernels.backends.triton.settings import MAX_PANEL_BYTES, Config
 from lora_kernels.formats import BLOCKSIZES
 from lora_kernels.testing import Case, assert_close_to_oracle, make_inputs, relative_error
@@ -67,6 +68,31 @@ def test_every_path_on_the_same_rows(path, seed):
     dx = PATHS[path] if PATHS[path].path != "small" else Config("fused", 64, 64, 128)
     with forcing(qlora_linear=PATHS[path], dx=dx):
         assert_close_to_oracle(run_ops(inputs), inputs)
+
+
+GLUON_CASES = [
+    *(Case(M, 1024, 2048, r=16, dtype=dtype) for M in (1, 200, 1000) for dtype in (BF16, FP16)),
+    *(Case(300, 700, 1024, r=r, dtype=BF16, bias=True) for r in (0, 3, 64, 100)),
+    Case(300, 513, 64, r=16, dtype=BF16),
+    Case(300, 512, 576, r=16, dtype=BF16, dropout=0.1),
+    Case(300, 512, 1024, r=16, dtype=BF16, quant_type="fp4"),
+    Case(300, 512, 1024, r=16, dtype=BF16, double_quant=False, lora_dtype=BF16),
+    Case(300, 512, 1024, r=16, dtype=BF16, blocksize=4096),
+]
+
+
+@pytest.mark.skipif(torch.cuda.get_device_capability(DEVICE) != (9, 0), reason="the gluon path is for sm_90")
+@pytest.mark.parametrize("block_m", [128, 256])
+@pytest.mark.parametrize("case", GLUON_CASES, ids=lambda c: c.id)
+def test_gluon(case, block_m, seed):
+    """Alike on every run, too: a buffer that is written while the tensor cores read it would show as other bits."""
+    inputs = make_inputs(case, seed, DEVICE)
+    with forcing(qlora_linear=Config("gluon", block_m, 128, 64, warps=8, stages=4)):
+        assert linear_config(inputs.x, inputs.qw, case.r).path == "gluon"
+        first = run_ops(inputs)
+        assert_close_to_oracle(first, inputs)
+        for _ in range(100):
+            assert_same_bits(run_ops(inputs)["y"], first["y"])
 
 
 @pytest.mark.parametrize("blocksize", BLOCKSIZES)

@@ -16,8 +16,10 @@ import torch
 from conftest import CPU, python
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lora_kernels.backends import reference
 from lora_kernels.backends import triton as backend
 from lora_kernels.formats import codebook
+from lora_kernels.testing import Case, make_inputs, relative_error
 
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton is not installed: pip install triton"
@@ -180,6 +182,87 @@ def test_compiles_without_spills(arch, instruction):
             most = {"linear_small": 7.6, "linear_fused": 7.8, "dx_fused": 7.6} if arch > 80 else dict.fromkeys(names, 20)
             assert compiled.per_weight is not None and compiled.per_weight <= most[name], compiled.per_weight
             assert compiled.copies["LDGSTS"], build.setting  # loads are asynchronous
+
+
+GLUON = {"path": "gluon", "block_m": 256, "block_n": 128, "block_k": 64, "warps": 8, "stages": 4}
+
+
+@needs_triton
+def test_gluon_compiles_without_spills():
+    from lora_kernels.backends.triton import aot
+
+    builds = {dict(b.constants)["BLOCK_M"]: b for b in reversed(aot.shipped(90)) if b.name == "linear_gluon"}
+    assert set(builds) == {128, 256}
+    for build in builds.values():
+        compiled = aot.compile_build(build, 90)
+        assert not compiled.breaches(), compiled.breaches()
+        assert compiled.matrix == "HGMMA" and compiled.copies["LDGSTS"]
+        assert compiled.per_weight is not None and compiled.per_weight <= 7.8, compiled.per_weight
+    assert not any(b.name == "linear_gluon" for b in aot.shipped(80))
+
+
+def _path(arch: int, K: int, dtype: torch.dtype = torch.bfloat16, blocksize: int = 64) -> str:
+    """The path that a linear takes where the gluon path is asked for."""
+    from lora_kernels.backends.triton import aot, launch
+    from lora_kernels.backends.triton.qlora_linear import linear_config
+    from lora_kernels.backends.triton.settings import Config
+
+    with launch.recording(arch), launch.forcing(qlora_linear=Config(**GLUON)):
+        x = torch.empty(512, K, dtype=dtype, device="meta")
+        return linear_config(x, aot.meta_weight(256, K, "nf4", blocksize, True), 16).path
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("M", "N", "K", "r", "more"),
+    [
+        (130, 140, 576, 16, {"bias": True}),
+        (300, 129, 64, 0, {}),
+        (5, 70, 128, 100, {"dtype": torch.float16}),
+        (140, 33, 256, 3, {"quant_type": "fp4", "lora_dtype": torch.bfloat16}),
+        (40, 260, 320, 8, {"double_quant": False, "bias": True}),
+        (40, 64, 512, 8, {"blocksize": 256}),
+    ],
+)
+@pytest.mark.parametrize("stages", [3, 4, 5])
+@pytest.mark.parametrize("block_m", [128, 256])
+def test_gluon_emulated(M, N, K, r, more, stages, block_m):
+    """Its indices, masks, prefetches and buffers."""
+    import gluon_emulated
+
+    from lora_kernels.backends.triton import launch
+    from lora_kernels.backends.triton.settings import Config
+
+    inputs = make_inputs(Case(M, N, K, r=r, **{"dtype": torch.bfloat16, **more}))
+    layer = (inputs.qw, inputs.lora_A, inputs.lora_B, inputs.case.scaling, inputs.bias, 0.0, None)
+    want, h = reference.qlora_linear(inputs.x, *layer)
+    config = Config(**GLUON | {"block_m": block_m, "stages": stages})
+    with launch.recording(90) as launches, launch.forcing(qlora_linear=config):
+        y, _ = backend.qlora_linear(inputs.x, *layer, h=h)
+    assert [done.kernel.__name__ for done in launches] == ["linear_gluon"]
+    y.fill_(torch.nan)
+    gluon_emulated.run(launches[0])
+    assert relative_error(y, want) < 4 * torch.finfo(y.dtype).eps
+
+
+@needs_triton
+def test_what_gluon_takes():
+    assert _path(90, 576) == _path(90, 64, torch.float16) == _path(90, 1024, blocksize=4096) == "gluon"
+    assert _path(90, 608) == _path(90, 1024, torch.float32) == _path(90, 1024, blocksize=32) == "panel"
+    assert _path(80, 1024) == _path(100, 1024) == "panel"
+
+
+@needs_triton
+def test_without_gluon(monkeypatch):
+    """A Triton whose Gluon is another: a warning, and the path that takes everything."""
+    from lora_kernels.backends.triton.qlora_linear import gluon_kernel
+
+    gluon_kernel.cache_clear()
+    monkeypatch.delitem(sys.modules, "lora_kernels.backends.triton.gluon_linear", raising=False)
+    monkeypatch.setitem(sys.modules, "triton.experimental.gluon", None)
+    with pytest.warns(UserWarning, match="no path 'gluon' with Triton"):
+        assert _path(90, 1024) == "panel"
+    gluon_kernel.cache_clear()
 
 
 @needs_triton

@@ -10,6 +10,7 @@ from triton.runtime.driver import driver
 
 from lora_kernels.backends import triton
 from lora_kernels.backends.triton import launch
+from lora_kernels.backends.triton.settings import Config
 from lora_kernels.testing import Case, make_inputs
 
 calls: list[tuple] = []
@@ -59,6 +60,11 @@ def odd(t: torch.Tensor) -> torch.Tensor:
     return torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape)
 
 
+def gluon(x: torch.Tensor) -> object:
+    with launch.forcing(qlora_linear=Config("gluon", 128, 128, 64, warps=8)):
+        return triton.qlora_linear(x, qw, A, B, 2.0, None, 0.0, None)
+
+
 inputs = make_inputs(Case(3, 128, 256, r=16, dtype=torch.bfloat16))
 qw, A, B = inputs.qw, inputs.lora_A, inputs.lora_B
 variants = {
@@ -68,6 +74,7 @@ variants = {
     "x off alignment": lambda: triton.qlora_linear(odd(inputs.x), qw, A, B, 2.0, None, 0.0, None),
     "float16": lambda: triton.qlora_linear(inputs.x.half(), qw, A, B, 2.0, None, 0.0, None),
     "bias": lambda: triton.qlora_linear(inputs.x, qw, A, B, 2.0, B[:, 0].contiguous(), 0.0, None),
+    "gluon": lambda: gluon(inputs.x),
     "dequantize": lambda: triton.dequantize(qw, torch.bfloat16),
 }
 by_triton = {}

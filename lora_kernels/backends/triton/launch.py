@@ -113,8 +113,16 @@ def config_of(op: str, M: int, N: int, K: int, r: int, device: torch.device) -> 
     """How kernel `op` is launched on `device`: as measured there, else as `pick_config` says."""
     if op in _forced:
         return _forced[op]
-    where = (_recording.arch, _recording.gpu) if _recording is not None else _gpu(device)
-    return _config(op, M, N, K, r, *where)
+    return _config(op, M, N, K, r, *_gpu_of(device))
+
+
+def capability(device: torch.device) -> int:
+    """Compute capability (major * 10 + minor) that kernels are launched on."""
+    return _gpu_of(device)[0]
+
+
+def _gpu_of(device: torch.device) -> tuple[int, str]:
+    return (_recording.arch, _recording.gpu) if _recording is not None else _gpu(device)
 
 
 @functools.lru_cache(maxsize=1 << 14)
@@ -158,7 +166,7 @@ def weight_args(qw: QuantizedWeight, dtype: torch.dtype) -> tuple[Tensor | None,
 def group_of(qw: QuantizedWeight, multiple: int) -> int:
     """Elements that a kernel decodes with one scale: the largest group that divides both a block and `multiple`, or 0 where
     neither 64 nor 32 does, or the bytes are not aligned, and elements have to be decoded one by one."""
-    if (qw.packed.is_contiguous() and qw.packed.data_ptr() % 16) or qw.numel >= 1 << 35:
+    if (qw.packed.is_contiguous() and qw.packed.data_ptr() % 16) or qw.numel >= 1 << 34:
         return 0
     return next((g for g in (64, 32) if multiple % g == 0 and qw.blocksize % g == 0), 0)
 

@@ -3,11 +3,16 @@
 - small: one launch; W is the left operand (acc `[N, M]`, so that 16 rows of x do not pad a 64-row tile), K is split between
   programs, the last to arrive at a tile adds the partials in order.
 - fused: W is decoded in the main loop; the adapter's product seeds the accumulator, so the epilogue is a plain store.
+- gluon: the same with the decode hidden behind the dot, on sm_90 (see `gluon_linear`).
 - panel: W is decoded to memory, at most `MAX_PANEL_BYTES` at a time; the adapter's product and the bias seed `y`, and the
   library's GEMM accumulates onto it.  It takes every shape: the fallback where the weight has no aligned groups.
 """
 
 from __future__ import annotations
+
+import functools
+import warnings
+from typing import Any
 
 import torch
 import triton
@@ -17,7 +22,7 @@ from torch import Tensor
 from ...formats import QuantizedWeight
 from .adapter import expand, low_rank, project
 from .dequantize import decode_panel
-from .launch import cdiv, config_of, group_of, launch, on, rank_block, weight_args, weight_meta
+from .launch import capability, cdiv, config_of, group_of, has_ptx, launch, on, rank_block, weight_args, weight_meta
 from .settings import MAX_PANEL_BYTES, Config
 from .tiles import cast, dot, last_arrival, load_weight, shuffle_k, swizzle, to_float
 from .workspace import counters
@@ -222,7 +227,7 @@ def qlora_linear(
         if config.path == "small":
             y = _small(x, h, qw, lora_A if fuse_h else None, lora_B, scaling, bias, config)
         else:
-            y = (_fused if config.path == "fused" else _panel)(x, h, qw, lora_B, scaling, bias, config)
+            y = (_panel if config.path == "panel" else _fused)(x, h, qw, lora_B, scaling, bias, config)
     return y, h
 
 
@@ -233,10 +238,24 @@ def linear_config(x: Tensor, qw: QuantizedWeight, r: int) -> Config:
 
 def usable(config: Config, qw: QuantizedWeight, x: Tensor) -> Config:
     """`config`, or the panel path where W has no aligned groups along K, or K does not fill a tile, or products are float32,
-    which has no tensor cores to feed."""
+    which has no tensor cores to feed.  The gluon path also wants sm_90, and a step of K that is one group of 64."""
     K = qw.shape[1]
-    fits = group_of(qw, K) and config.block_k <= K and x.dtype != torch.float32
+    group = group_of(qw, K)
+    fits = group and config.block_k <= K and x.dtype != torch.float32
+    if fits and config.path == "gluon":
+        fits = group == config.block_k == 64 and has_ptx() and capability(x.device) == 90 and gluon_kernel() is not None
     return config if fits else Config("panel")
+
+
+@functools.cache
+def gluon_kernel() -> Any:
+    """`linear_gluon`, or None, with a warning, where this Triton has another Gluon than the kernel is written in."""
+    try:
+        from .gluon_linear import linear_gluon
+    except (ImportError, AttributeError) as e:
+        warnings.warn(f"qlora_linear: no path 'gluon' with Triton {triton.__version__}, 'panel' instead: {e}", stacklevel=2)
+        return None
+    return linear_gluon
 
 
 def _small(
@@ -287,15 +306,17 @@ def _fused(
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
-        "R": rank_block(max(r, 1), 64),
         "GROUP_M": config.group,
         "LORA": lora_B is not None,
         "BIAS": bias is not None,
-        "EVEN_K": K % config.block_k == 0,
     }
+    if config.path == "gluon":
+        kernel, flags = gluon_kernel(), flags | {"X_TILES": config.stages}
+    else:
+        kernel, flags = linear_fused, flags | {"R": rank_block(max(r, 1), 64), "EVEN_K": K % config.block_k == 0}
     grid = (cdiv(M, config.block_m) * cdiv(N, config.block_n),)
     args = (*weight_args(qw, x.dtype), x, h, lora_B, bias, y, scaling, M, N, K, r)
-    launch(linear_fused, grid, args, flags | weight_meta(qw, group_of(qw, K)), config)
+    launch(kernel, grid, args, flags | weight_meta(qw, group_of(qw, K)), config)
     return y
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-PATHS = ("small", "fused", "panel")
+PATHS = ("small", "fused", "gluon", "panel")
 MAX_PANEL_BYTES = 64 << 20
 """Most memory that decoded weight takes at a time; a larger panel is computed in slices."""
 
@@ -20,11 +20,12 @@ class Config:
 
     Attributes:
         path: how the weight reaches the dot: `small` (weight as the left operand, K split), `fused` (decoded in the main
-            loop), `panel` (decoded to memory, then the library's GEMM); empty for kernels that have one way.
+            loop), `gluon` (the same, overlapped by hand, on sm_90; only where it was measured to pay), `panel` (decoded to
+            memory, then the library's GEMM); empty for kernels that have one way.
         block_m, block_n, block_k: tile along M, N and K (rows, and columns of `x`, for the adapter kernels).
         split: programs that share one output tile.
         steps: row tiles that one program reads in turn.
-        warps, stages: of Triton.
+        warps, stages: of Triton; the gluon path keeps `stages` tiles of x in shared memory.
         group: row tiles that share columns in L2, for `swizzle`.
         shuffle: whether both operands of the dot get the K order in which a lane loads its own fragment.
         fuse_h: whether the small path computes `h` itself.
