@@ -252,7 +252,7 @@ std::tuple<Tensor, Tensor> qlora_linear(Tensor x, const Tensor& packed, const Te
         for_each_panel(context, *w, x,
                        [&](int64_t begin, int64_t end, const Tensor& W) { out.slice(1, begin, end).addmm_(rows, W.t()); });
       },
-      [&] { cpu::qlora_linear(dtype, M, x.data_ptr(), *w, a, dense(bias), y.data_ptr(), h.data_ptr()); });
+      [&] { cpu::qlora_linear(dtype, M, x.data_ptr(), {{*w, a, dense(bias), y.data_ptr(), h.data_ptr()}}); });
   return {y, h};
 }
 
@@ -286,8 +286,8 @@ Gradients qlora_linear_backward(Tensor dy, OptionalTensor x, OptionalTensor h, c
                        [&](int64_t begin, int64_t end, const Tensor& W) { out.addmm_(rows.slice(1, begin, end), W); });
       },
       [&] {
-        cpu::qlora_linear_backward(dtype, M, dy.data_ptr(), data(x), data(h), *w, a, accumulate_dx, data(dx), data(dA),
-                                   data(dB), dbias_data);
+        cpu::qlora_linear_backward(dtype, M, data(x), {{*w, a, dy.data_ptr(), data(h), data(dA), data(dB), dbias_data}},
+                                   data(dx));
       });
   return {dx, dA, dB, dbias};
 }

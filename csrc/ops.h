@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <functional>
 #include <string>
+#include <vector>
 
 #include "dtype.h"
 
@@ -59,17 +60,32 @@ void decode_absmax(const Weight& weight, float* out);
 // out [numel] = code * absmax, rounded once to dtype.
 void dequantize(const Weight& weight, DType dtype, void* out);
 
-// x [M, K] -> y [M, N] = x W^T + s h B^T + bias,  h [M, r] = dropout(x) A^T, all of `dtype`; bias [N].
-void qlora_linear(DType dtype, int64_t M, const void* x, const Weight& weight, const Adapter& adapter, Dense bias, void* y,
-                  void* h);
+// A layer on x [M, K]: y [M, N] = x W^T + s h B^T + bias,  h [M, r] = dropout(x) A^T, both of the dtype of x; bias [N].
+struct Layer {
+  Weight weight;
+  Adapter adapter;
+  Dense bias;
+  void *y, *h;
+};
 
-// dy [M, N], x [M, K], h [M, r] of `dtype`.  Outputs that are null are not computed; with g = dy B [M, r]:
-//   dx [M, K] of `dtype` = dy W + dropout(s g A), or float32 and added to what is there (`accumulate_dx`)
+// Several layers on one x, of one K.
+void qlora_linear(DType dtype, int64_t M, const void* x, const std::vector<Layer>& layers);
+
+// What a layer gives back for dy [M, N], with h [M, r], both of the dtype of x.  Outputs that are null are not computed; with
+// g = dy B [M, r]:
 //   dA [r, K] of A's dtype = s g^T dropout(x)
 //   dB [N, r] of B's dtype = s dy^T h
 //   dbias [N] float32 = sum of dy over M
-void qlora_linear_backward(DType dtype, int64_t M, const void* dy, const void* x, const void* h, const Weight& weight,
-                           const Adapter& adapter, bool accumulate_dx, void* dx, void* dA, void* dB, float* dbias);
+struct LayerGradients {
+  Weight weight;
+  Adapter adapter;
+  const void *dy, *h;
+  void *dA, *dB;
+  float* dbias;
+};
+
+// dx [M, K] of `dtype`, null where it is not wanted: the sum over the layers of dy W + dropout(s g A), rounded once.
+void qlora_linear_backward(DType dtype, int64_t M, const void* x, const std::vector<LayerGradients>& layers, void* dx);
 
 }  // namespace cpu
 
@@ -110,10 +126,12 @@ void decode_absmax(const Context& context, const Weight& weight, float* out);
 // Elements [begin, end) of the weight; begin is a multiple of 32.
 void dequantize(const Context& context, const Weight& weight, int64_t begin, int64_t end, DType dtype, void* out);
 
-// Without `product` x W^T and dy W are left out: y = s h B^T + bias, dx = dropout(s g A), for a caller that adds them.
+// x [M, K] -> y [M, N], h [M, r], as in `cpu`.  Without `product` x W^T and dy W are left out: y = s h B^T + bias,
+// dx = dropout(s g A), for a caller that adds them.
 void qlora_linear(const Context& context, DType dtype, int64_t M, const void* x, const Weight& weight, const Adapter& adapter,
                   Dense bias, void* y, void* h, bool product);
 
+// Outputs that are null are not computed.  dx is of `dtype`, or float32 and added to what is there (`accumulate_dx`).
 void qlora_linear_backward(const Context& context, DType dtype, int64_t M, const void* dy, const void* x, const void* h,
                            const Weight& weight, const Adapter& adapter, bool accumulate_dx, void* dx, void* dA, void* dB,
                            float* dbias, bool product);

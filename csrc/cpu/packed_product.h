@@ -33,6 +33,9 @@ inline int64_t panel_bytes() {
   return (cache > 0 ? std::clamp<int64_t>(cache, 256 << 10, 2 << 20) : 1 << 20) / 8 * 5;
 }
 
+// Below this many multiplications a second thread costs more than it does.
+inline int64_t threads_for(int64_t M, const Weight& w) { return (M + 8) * w.numel() < (2 << 20) ? 1 : at::get_num_threads(); }
+
 inline bool multiplies_bf16() { return kernels().bf16.tile; }
 
 // The dropout mask of x [M, K]: a function of the seed and of an element's index.

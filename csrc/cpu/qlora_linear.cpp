@@ -1,13 +1,11 @@
 // y = x W^T + s h B^T + bias with h = dropout(x) A^T, and its gradients, without ever holding more of W than a panel.
 #include "convert.h"
+#include "dots.h"
 #include "packed_product.h"
 
 namespace lora_kernels::cpu {
 
 namespace {
-
-// Below this many multiplications a second thread costs more than it does.
-int64_t threads_for(int64_t M, const Weight& w) { return (M + 8) * w.numel() < (2 << 20) ? 1 : at::get_num_threads(); }
 
 // Rows a block of packed left operands holds.
 int64_t rows_per_block(int64_t M, int64_t depth) {
@@ -33,106 +31,6 @@ int64_t absmax_units(const Weight& w) { return w.absmax ? 0 : ceil_div(w.n_block
 void decode_absmax_unit(const Weight& w, int64_t unit, float* out) {
   const int64_t begin = unit * ABSMAX_UNIT, end = std::min(w.n_blocks(), begin + ABSMAX_UNIT);
   kernels().decode_absmax(w.absmax_u8, w.absmax2, w.code2, w.offset, begin, end, out + begin);
-}
-
-// A few rows of x, K a multiple of 64, blocks of at least 64: W is decoded in registers, once for 4 rows of x, where packing
-// would cost more than the product.  Up to MAX_DOTS rows; where a row of W is short the sum across a register at its end is
-// dear, and packing wins earlier (measured at K = 576).
-constexpr int64_t MAX_DOTS = 12, MAX_DOTS_SHORT = 5, SHORT = 2048, MAX_DOTS_ROWS = 512;
-
-bool takes_dots(int64_t M, const Weight& w) {
-  return M <= (w.K < SHORT ? MAX_DOTS_SHORT : MAX_DOTS) && w.K % 64 == 0 && w.blocksize >= 64;
-}
-
-void store(DType dtype, void* out, int64_t i, float v) {
-  if (dtype == DType::f32)
-    static_cast<float*>(out)[i] = v;
-  else
-    static_cast<uint16_t*>(out)[i] = dtype == DType::bf16 ? BF16::store(v) : F16::store(v);
-}
-
-void qlora_linear_dots(DType dtype, int64_t M, const void* x, const Weight& w, const Adapter& adapter, Dense bias, void* y,
-                       void* h) {
-  static thread_local Scratch split_scratch, rows_scratch, dropped_scratch, h_scratch;
-  const Kernels& k = kernels();
-  const Product product(dtype);
-  const Gemm& g = product.gemm;
-  const Dropout dropout(adapter, w.K);
-  const int64_t N = w.N, K = w.K, r = adapter.r, rank = ceil_div(r, GROUP) * GROUP, size = itemsize(product.type);
-  const Source source{{x, dtype}, K}, dropped{{x, dtype}, K, dropout.active() ? &dropout : nullptr};
-  const bool same_rows = !dropout.active() || !r, converts = !product.direct(source);
-  char* split = split_scratch.get<char>(M * K * size);
-  char* converted = converts ? rows_scratch.get<char>(M * K * size) : nullptr;
-  char* dropped_rows = same_rows ? nullptr : dropped_scratch.get<char>(M * K * size);
-  const char* rows = converts ? converted : static_cast<const char*>(x);
-  const char* h_rows = same_rows ? rows : dropped_rows;
-  float* h_scaled = h_scratch.get<float>(M * rank);
-  std::fill_n(h_scaled, M * rank, 0.0f);
-  const float h_scale = dropout.active() ? dropout.scale() : 1.0f;
-  const auto dots = dtype == DType::f32 ? k.dots_f32 : dtype == DType::f16 ? k.dots_f16 : k.dots_bf16;
-  int shift = 0;
-  while ((int64_t{1} << shift) < w.blocksize) shift++;
-
-  with_team(threads_for(M, w), [&](Team& team) {
-    static thread_local Scratch A_scratch, B_scratch, absmax_scratch;
-    if (converts || !same_rows) {
-      team.share(M, [&](int64_t m) {
-        if (converts) source.load_row(g, m, K, converted + m * K * size);
-        if (!same_rows) dropped.load_row(g, m, K, dropped_rows + m * K * size);
-      });
-      team.sync();
-    }
-    team.share(M + ceil_div(r, RANKS), [&](int64_t i) {
-      if (i < M) return g.split(rows + i * K * size, K, split + i * K * size);
-      const int64_t q0 = (i - M) * RANKS, q1 = std::min(r, q0 + RANKS);
-      const Source A{adapter.A, K};
-      const void* a = A.at(q0, 0);
-      if (!product.direct(A)) {
-        char* converted_A = A_scratch.get<char>(RANKS * K * size);
-        for (int64_t q = q0; q < q1; q++) A.load_row(g, q, K, converted_A + (q - q0) * K * size);
-        a = converted_A;
-      }
-      float sums[MAX_DOTS * RANKS];
-      g.rank_dots(h_rows, M, K, a, static_cast<int>(q1 - q0), sums);
-      for (int64_t m = 0; m < M; m++)
-        for (int64_t q = q0; q < q1; q++) {
-          const float v = sums[m * RANKS + q - q0] * h_scale;
-          store(dtype, h, m * r + q, v);
-          h_scaled[m * rank + q] = v * adapter.scaling;
-        }
-    });
-    team.sync();
-    // Each thread reads as long a stretch of W as the balance allows, a few rows at a time whose scales stay in L1.
-    const int64_t pieces = team.threads == 1 ? 1 : 4 * team.threads, piece = ceil_div(ceil_div(N, pieces), 4) * 4;
-    const int64_t few = std::clamp<int64_t>(4096 * 64 / K / 4 * 4, 4, MAX_DOTS_ROWS);
-    team.share(ceil_div(N, piece), [&](int64_t i) {
-      float biases[MAX_DOTS_ROWS];
-      float* B = B_scratch.get<float>(few * rank);
-      for (int64_t n0 = i * piece, end = std::min(N, n0 + piece), n1; n0 < end; n0 = n1) {
-        n1 = std::min(end, n0 + few);
-        const int64_t b0 = n0 * K >> shift, b1 = ceil_div(n1 * K, w.blocksize);
-        // blocks longer than a row may begin before n0: the kernel counts from row n0
-        const float* absmax = w.absmax ? w.absmax + b0 : nullptr;
-        if (!absmax) {
-          float* decoded = absmax_scratch.get<float>(b1 - b0);
-          k.decode_absmax(w.absmax_u8, w.absmax2, w.code2, w.offset, b0, b1, decoded);
-          absmax = decoded;
-        }
-        const Source factor{adapter.B, r};
-        if (r == rank) {
-          if (r) k.f32.convert(adapter.B.dtype, factor.at(n0, 0), (n1 - n0) * r, B);
-        } else {
-          std::fill_n(B, (n1 - n0) * rank, 0.0f);
-          for (int64_t n = n0; n < n1; n++) k.f32.convert(adapter.B.dtype, factor.at(n, 0), r, B + (n - n0) * rank);
-        }
-        if (bias.data)
-          k.f32.convert(bias.dtype, static_cast<const char*>(bias.data) + n0 * itemsize(bias.dtype), n1 - n0, biases);
-        dots({w.packed, w.quant_type == QuantType::nf4 ? NF4 : FP4, absmax, shift, n0 * K - (b0 << shift), K, N,
-              static_cast<int>(M), split, rank, h_scaled, B, bias.data ? biases : nullptr, y, dtype},
-             n0, n1);
-      }
-    });
-  });
 }
 
 // a^T b of a [M, rows] and b [M, columns] -> out [rows, columns], or transposed [columns, rows]: the gradient of an adapter.
@@ -227,12 +125,11 @@ class Outer {
   Tiles tiles_;
 };
 
-}  // namespace
-
-void qlora_linear(DType dtype, int64_t M, const void* x, const Weight& w, const Adapter& adapter, Dense bias, void* y,
-                  void* h) {
-  if (M == 0) return;
-  if (takes_dots(M, w)) return qlora_linear_dots(dtype, M, x, w, adapter, bias, y, h);
+void packed_linear(DType dtype, int64_t M, const void* x, const Layer& layer) {
+  const Weight& w = layer.weight;
+  const Adapter& adapter = layer.adapter;
+  const Dense bias = layer.bias;
+  void *y = layer.y, *h = layer.h;
   Kept& memory = kept();
   const int64_t N = w.N, K = w.K, r = adapter.r;
   const Product product(dtype);
@@ -286,8 +183,12 @@ void qlora_linear(DType dtype, int64_t M, const void* x, const Weight& w, const 
   });
 }
 
-void qlora_linear_backward(DType dtype, int64_t M, const void* dy, const void* x, const void* h, const Weight& w,
-                           const Adapter& adapter, bool accumulate_dx, void* dx, void* dA, void* dB, float* dbias) {
+void packed_backward(DType dtype, int64_t M, const void* x, const LayerGradients& layer, bool accumulate_dx, void* dx) {
+  const Weight& w = layer.weight;
+  const Adapter& adapter = layer.adapter;
+  const void *dy = layer.dy, *h = layer.h;
+  void *dA = layer.dA, *dB = layer.dB;
+  float* dbias = layer.dbias;
   Kept& memory = kept();
   const int64_t N = w.N, K = w.K, r = adapter.r;
   const Product product(dtype);
@@ -356,6 +257,25 @@ void qlora_linear_backward(DType dtype, int64_t M, const void* dy, const void* x
         outer_B.strip(packed_h, i - strips_A, strip_scratch, sum_scratch);
     });
   });
+}
+
+}  // namespace
+
+void qlora_linear(DType dtype, int64_t M, const void* x, const std::vector<Layer>& layers) {
+  if (M == 0) return;
+  for (const Layer& layer : layers)
+    takes_dots(M, layer.weight) ? qlora_linear_dots(dtype, M, x, layer) : packed_linear(dtype, M, x, layer);
+}
+
+void qlora_linear_backward(DType dtype, int64_t M, const void* x, const std::vector<LayerGradients>& layers, void* dx) {
+  if (layers.size() == 1 || !dx) {
+    for (const LayerGradients& layer : layers) packed_backward(dtype, M, x, layer, false, dx);
+    return;
+  }
+  const int64_t K = layers.at(0).weight.K;
+  std::vector<float> sum(M * K);
+  for (const LayerGradients& layer : layers) packed_backward(dtype, M, x, layer, true, sum.data());
+  kernels().f32.store(sum.data(), M * K, 1.0f, dtype, dx);
 }
 
 }  // namespace lora_kernels::cpu
