@@ -69,7 +69,7 @@ struct MathF32 {
   using F = __m512;
   using W = __m512;
   using X = __m512;
-  static constexpr int LANES = 16, NV = 4, WIDTH = 64, VALUES = 1;
+  static constexpr int LANES = 16, NV = 4, WIDTH = 64, VALUES = 1, NR = 4;
   static constexpr DType TYPE = DType::f32;
   static F zero() { return _mm512_setzero_ps(); }
   static F set1(float v) { return _mm512_set1_ps(v); }
@@ -96,7 +96,14 @@ struct MathF32 {
 #endif
   }
   static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
-  static float sum(F v) { return _mm512_reduce_add_ps(v); }
+  static F sum_each(const F (&v)[NR]) {  // in the first NR lanes
+    const F a = add(_mm512_unpacklo_ps(v[0], v[1]), _mm512_unpackhi_ps(v[0], v[1]));
+    const F b = add(_mm512_unpacklo_ps(v[2], v[3]), _mm512_unpackhi_ps(v[2], v[3]));
+    const __m512d c = _mm512_castps_pd(a), d = _mm512_castps_pd(b);
+    const F each = add(_mm512_castpd_ps(_mm512_unpacklo_pd(c, d)), _mm512_castpd_ps(_mm512_unpackhi_pd(c, d)));
+    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(each), _mm512_extractf32x8_ps(each, 1));
+    return _mm512_castps128_ps512(_mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+  }
   static void store_own(void* out, int64_t i, F v) { store_f32(static_cast<float*>(out) + i, v); }
 };
 
@@ -118,24 +125,22 @@ namespace {
 
 template <class R>
 struct DotsF32 {
-  using F = __m512;
-  using X = __m512;
+  using Math = MathF32;
   using Value = float;
-  static constexpr int SPAN = 32, NR = 4;
+  static constexpr int STEP = 64, SPAN = 32, WAYS = 2;
   struct Code {
     __m512 values;
     explicit Code(const float* c) : values(_mm512_loadu_ps(c)) {}
   };
   using Table = __m512;
-  static Table table(const Code& code, float absmax) {
+  static Table table(const Code& code, float absmax, float) {
     return rounded(R(), _mm512_mul_ps(code.values, _mm512_set1_ps(absmax)));
   }
-  static void decode(const uint8_t* p, Table t, X& even, X& odd) {
+  template <bool>
+  static __m512 decode(const uint8_t* p, Table t, int way) {
     const __m512i v = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
-    even = _mm512_permutexvar_ps(_mm512_srli_epi32(v, 4), t);
-    odd = _mm512_permutexvar_ps(v, t);
+    return _mm512_permutexvar_ps(way == 0 ? _mm512_srli_epi32(v, 4) : v, t);
   }
-  static F dot(F sum, X w, const float* x) { return _mm512_fmadd_ps(w, _mm512_loadu_ps(x), sum); }
 };
 
 constexpr Gemm GEMM_F32 = {1,
@@ -146,9 +151,9 @@ constexpr Gemm GEMM_F32 = {1,
                            tile<MathF32>,
                            rank_tile<MathF32>,
                            scale_store<MathF32>,
-                           rank_dots<MathF32>,
-                           DotsF32<F32>::SPAN,
-                           split<float, DotsF32<F32>::SPAN>,
+                           rank_dots<MathF32, float, convert_f32<MathF32>>,
+                           DotsF32<F32>::STEP,
+                           split<DotsF32<F32>>,
                            nullptr,
                            nullptr};
 

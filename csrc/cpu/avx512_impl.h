@@ -123,8 +123,10 @@ struct V {
   struct Map {
     alignas(64) uint8_t plane[4][256];
     explicit Map(const float* code2) {
-      for (int i = 0; i < 256; i++)
-        for (int p = 0; p < 4; p++) plane[p][i] = (uint8_t)(bits(code2[i]) >> 8 * p);
+      for (int i = 0; i < 256; i += 16)
+        for (int p = 0; p < 4; p++)
+          _mm_store_si128((__m128i*)(plane[p] + i),
+                          _mm512_cvtepi32_epi8(_mm512_srli_epi32(_mm512_loadu_si512(code2 + i), 8 * p)));
     }
     void decode64(const uint8_t* absmax_u8, float absmax2, float offset, float* out) const {
       // so that the two rounds of unpacking below leave 16 values in order in each register

@@ -134,19 +134,25 @@ void decode_columns(const uint8_t* packed, const float* codebook, const float* a
 }
 
 struct DotsBF16 {
-  using F = __m512;
-  using X = __m512bh;
+  using Math = MathBF16;
   using Value = uint16_t;
-  static constexpr int SPAN = 64, NR = 4;
+  static constexpr int STEP = 128, SPAN = 128, WAYS = 4;
   using Code = DotsF32<F32>::Code;
+  // Of two blocks, one in each half.  Flushes denormals, as the product does.
   using Table = __m512i;
-  static Table table(const Code& code, float absmax) { return table16(BF16(), code.values, absmax); }
-  static void decode(const uint8_t* p, Table t, X& even, X& odd) {
-    const __m512i v = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)p));
-    even = (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(v, 4), t);
-    odd = (__m512bh)_mm512_permutexvar_epi16(v, t);
+  static Table table(const Code& code, float first, float second) {
+    return (__m512i)_mm512_cvtne2ps_pbh(_mm512_mul_ps(code.values, _mm512_set1_ps(second)),
+                                        _mm512_mul_ps(code.values, _mm512_set1_ps(first)));
   }
-  static F dot(F sum, X w, const uint16_t* x) { return _mm512_dpbf16_ps(sum, w, (__m512bh)_mm512_loadu_si512(x)); }
+  // A word holds four codes; bit 4 of an index says which of the two blocks it is in.
+  template <bool HALF>
+  static __m512bh decode(const uint8_t* p, Table t, int way) {
+    const __m512i v = HALF ? _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)p)) : _mm512_loadu_si512(p);
+    const __m512i codes = way == 0 ? _mm512_srli_epi16(v, 4) : way == 1 ? v : _mm512_srli_epi16(v, way == 2 ? 12 : 8);
+    const __m512i block = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1);
+    const __m512i index = _mm512_ternarylogic_epi32(codes, _mm512_set1_epi16(15), block, 0xea);  // codes & 15 | block
+    return (__m512bh)_mm512_permutexvar_epi16(index, t);
+  }
 };
 
 constexpr Gemm GEMM_BF16 = {2,
@@ -157,9 +163,9 @@ constexpr Gemm GEMM_BF16 = {2,
                             tile<MathBF16>,
                             rank_tile<MathBF16>,
                             scale_store<MathBF16>,
-                            rank_dots<MathBF16>,
-                            DotsBF16::SPAN,
-                            split<uint16_t, DotsBF16::SPAN>,
+                            rank_dots<MathBF16, uint16_t, convert_bf16>,
+                            DotsBF16::STEP,
+                            split<DotsBF16>,
                             decode_rows,
                             decode_columns};
 

@@ -1,12 +1,14 @@
 // The linear layer on a few rows of x.
 #pragma once
+#include <vector>
+
 #include "../ops.h"
 
 namespace lora_kernels::cpu {
 
-// Whether `qlora_linear_dots` takes M rows: it is faster there than the packed product.
+// Whether `qlora_linear_dots` takes M rows by this weight.
 bool takes_dots(int64_t M, const Weight& weight);
 
-void qlora_linear_dots(DType dtype, int64_t M, const void* x, const Layer& layer);
+void qlora_linear_dots(DType dtype, int64_t M, const void* x, const std::vector<Layer>& layers);
 
 }  // namespace lora_kernels::cpu

@@ -150,7 +150,7 @@ struct MathF32 {
   using F = __m256;
   using W = __m256;
   using X = __m256;
-  static constexpr int LANES = 8, NV = 2, WIDTH = 16, VALUES = 1;
+  static constexpr int LANES = 8, NV = 2, WIDTH = 16, VALUES = 1, NR = 2;
   static constexpr DType TYPE = DType::f32;
   static F zero() { return _mm256_setzero_ps(); }
   static F set1(float v) { return _mm256_set1_ps(v); }
@@ -189,10 +189,10 @@ struct MathF32 {
     for (int i = 0; i < n; i++) out[i] = t[i];
   }
   static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
-  static float sum(F v) {
-    __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
-    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+  static F sum_each(const F (&v)[NR]) {  // in the first NR lanes
+    const F pairs = _mm256_hadd_ps(v[0], v[1]);
+    const __m128 s = _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1));
+    return _mm256_castps128_ps256(_mm_hadd_ps(s, s));
   }
   static void store_own(void* out, int64_t i, F v) { store_f32(static_cast<float*>(out) + i, v); }
 };
@@ -235,23 +235,21 @@ namespace {
 
 template <class R>
 struct DotsF32 {
-  using F = __m256;
-  using X = __m256;
+  using Math = MathF32;
   using Value = float;
-  static constexpr int SPAN = 16, NR = 2;
+  static constexpr int STEP = 64, SPAN = 16, WAYS = 2;
   using Code = Decoder32<R>;
   using Table = Decoder32<R>;
-  static Table table(const Code& code, float absmax) {
+  static Table table(const Code& code, float absmax, float) {
     Table t = code;
     t.set(absmax);
     return t;
   }
-  static void decode(const uint8_t* p, const Table& t, X& even, X& odd) {
+  template <bool>
+  static __m256 decode(const uint8_t* p, const Table& t, int way) {
     const __m256i v = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
-    even = t.look(_mm256_srli_epi32(v, 4));
-    odd = t.look(v);
+    return t.look(way == 0 ? _mm256_srli_epi32(v, 4) : v);
   }
-  static F dot(F sum, X w, const float* x) { return _mm256_fmadd_ps(w, _mm256_loadu_ps(x), sum); }
 };
 
 constexpr Gemm GEMM_F32 = {1,
@@ -262,9 +260,9 @@ constexpr Gemm GEMM_F32 = {1,
                            tile<MathF32>,
                            rank_tile<MathF32>,
                            scale_store<MathF32>,
-                           rank_dots<MathF32>,
-                           DotsF32<F32>::SPAN,
-                           split<float, DotsF32<F32>::SPAN>,
+                           rank_dots<MathF32, float, convert_f32<MathF32>>,
+                           DotsF32<F32>::STEP,
+                           split<DotsF32<F32>>,
                            nullptr,
                            nullptr};
 

@@ -58,7 +58,7 @@ struct MathF32 {
   typedef float F __attribute__((vector_size(16)));
   using W = F;
   using X = F;
-  static constexpr int LANES = 4, NV = 2, WIDTH = 16, VALUES = 1;
+  static constexpr int LANES = 4, NV = 2, WIDTH = 16, VALUES = 1, NR = 2;
   static constexpr DType TYPE = DType::f32;
   static F zero() { return F{0, 0, 0, 0}; }
   static F set1(float v) { return F{v, v, v, v}; }
@@ -91,7 +91,11 @@ struct MathF32 {
     for (int i = 0; i < LANES && i < n; i++) out[i] = D::store(v[i]);
   }
   static F fma(F a, F b, F c) { return a * b + c; }
-  static float sum(F v) { return (v[0] + v[1]) + (v[2] + v[3]); }
+  static F sum_each(const F (&v)[NR]) {  // in the first NR lanes
+    F out = zero();
+    for (int j = 0; j < NR; j++) out[j] = (v[j][0] + v[j][1]) + (v[j][2] + v[j][3]);
+    return out;
+  }
   static void store_own(void* out, int64_t i, F v) { store_f32(static_cast<float*>(out) + i, v); }
 };
 
@@ -105,10 +109,9 @@ namespace {
 
 template <class R>
 struct DotsF32 {
-  using F = MathF32::F;
-  using X = F;
+  using Math = MathF32;
   using Value = float;
-  static constexpr int SPAN = 8, NR = 2;
+  static constexpr int STEP = 64, SPAN = 8, WAYS = 2;
   struct Code {
     const float* values;
     explicit Code(const float* c) : values(c) {}
@@ -116,16 +119,17 @@ struct DotsF32 {
   struct Table {
     float values[16];
   };
-  static Table table(const Code& code, float absmax) {
+  static Table table(const Code& code, float absmax, float) {
     Table t;
     for (int i = 0; i < 16; i++) t.values[i] = R::load(R::store(code.values[i] * absmax));
     return t;
   }
-  static void decode(const uint8_t* p, const Table& t, X& even, X& odd) {
-    even = X{t.values[p[0] >> 4], t.values[p[1] >> 4], t.values[p[2] >> 4], t.values[p[3] >> 4]};
-    odd = X{t.values[p[0] & 15], t.values[p[1] & 15], t.values[p[2] & 15], t.values[p[3] & 15]};
+  template <bool>
+  static Math::F decode(const uint8_t* p, const Table& t, int way) {
+    const int shift = way == 0 ? 4 : 0;
+    auto value = [&](int i) { return t.values[p[i] >> shift & 15]; };
+    return Math::F{value(0), value(1), value(2), value(3)};
   }
-  static F dot(F sum, X w, const float* x) { return sum + w * MathF32::load_f32(x); }
 };
 
 constexpr Gemm GEMM_F32 = {1,
@@ -136,9 +140,9 @@ constexpr Gemm GEMM_F32 = {1,
                            tile<MathF32>,
                            rank_tile<MathF32>,
                            scale_store<MathF32>,
-                           rank_dots<MathF32>,
-                           DotsF32<F32>::SPAN,
-                           split<float, DotsF32<F32>::SPAN>,
+                           rank_dots<MathF32, float, convert_f32<MathF32>>,
+                           DotsF32<F32>::STEP,
+                           split<DotsF32<F32>>,
                            nullptr,
                            nullptr};
 

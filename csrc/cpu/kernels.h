@@ -12,6 +12,7 @@ constexpr int COLUMNS = 64;    // of the right operand in a panel, and the row l
 constexpr int F32_BLOCK = 64;  // steps of a float32 sum before it joins the total: its error grows with their square root
 constexpr int GROUP = 16;      // columns that are packed together
 constexpr int RANKS = 4;       // rows of lora_A that are multiplied together with a few rows of x
+constexpr int MAX_DOTS = 16;   // rows of x that are few: for more, the packed product is faster
 
 // What becomes of the sums of a tile [rows, columns].
 struct Finish {
@@ -59,11 +60,12 @@ struct Gemm {
   // scale * src [n] -> dst of `dtype`
   void (*store)(const float* src, int64_t n, float scale, DType dtype, void* dst);
 
-  // x [M, K] a [rows <= RANKS, K]^T -> out [M, RANKS], of the type that is multiplied; K a multiple of 64
-  void (*rank_dots)(const void* x, int64_t M, int64_t K, const void* a, int rows, float* out);
-  // Even elements of every `span` values of x [n] first; n a multiple of 64.
-  int span;
-  void (*split)(const void* x, int64_t n, void* dst);
+  // x [M <= MAX_DOTS, K], of the type that is multiplied, a [rows <= RANKS, K]^T of `dtype` -> out [M, RANKS]; K a multiple
+  // of 64
+  void (*rank_dots)(const void* x, int M, int64_t K, DType dtype, const void* a, int rows, float* out);
+  // x [n] in the order that `dots` takes it, padded with zeros to a multiple of `step`, steps step_to_step values apart.
+  int step;
+  void (*split)(const void* x, int64_t n, void* dst, int64_t step_to_step);
 
   // W [N, K] decoded straight into the packed layout; null where only the general way exists.  K, k0, k1 multiples of 32.
   // Rows [n0, n0 + 16), columns [k0, k1) -> dst [steps of k][16], steps ld_dst dwords apart.
@@ -74,17 +76,17 @@ struct Gemm {
                          int64_t n1, int64_t k0, int columns, uint32_t* dst, int64_t ld_dst);
 };
 
-// The product of a few rows: x as it lies in memory against rows of W that are decoded in registers, a sum of each pair.
-// K a multiple of 64, blocks of at least 64.
+// The product of a few rows: x as it lies in memory against decoded rows of W, a sum of each pair.  K a multiple of 64, blocks
+// of at least 64.
 struct Dots {
-  const uint8_t* packed;
+  const uint8_t *packed, *end;  // all of W
   const float* codebook;
   const float* absmax;  // of the block that holds element n0 * K, and on
   int shift;
   int64_t before;  // elements of that block before row n0
   int64_t K, N;
   int M;
-  const void* x;      // [M, K], a Gemm's type, each `span` values with its even elements first
+  const void* x;      // [steps of K][M][a Gemm's `step`], its type, split
   int64_t rank;       // r rounded up to a multiple of GROUP
   const float* h;     // [M, rank] scaled, zero past r
   const float* B;     // [n1 - n0, rank], zero past r

@@ -42,7 +42,7 @@ class Team {
   };
   Team(Shared& shared, int64_t thread, int64_t threads) : thread(thread), threads(threads), shared_(shared) {}
 
-  // f(i) for i in [0, n), taken one by one by whichever thread is free.
+  // f(i) for i in [0, n), each thread its own number first, then one by one by whichever is free.
   template <class F>
   void share(int64_t n, const F& f) {
     if (threads == 1) {
@@ -50,7 +50,7 @@ class Team {
       return;
     }
     auto& next = shared_.next[phase_];
-    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < n;) f(i);
+    for (int64_t i = thread; i < n; i = threads + next.fetch_add(1, std::memory_order_relaxed)) f(i);
   }
 
   // All threads have finished this phase, and see what the others wrote.

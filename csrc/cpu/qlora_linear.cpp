@@ -148,7 +148,7 @@ void packed_linear(DType dtype, int64_t M, const void* x, const Layer& layer) {
   uint32_t* packed = memory.left.get<uint32_t>(left.packs() ? block * steps : 0);
   const WeightPanels weight(w, absmax ? absmax : w.absmax, product, dtype);
 
-  with_team(threads_for(M, w), [&](Team& team) {
+  with_team(threads_for(M, w.numel()), [&](Team& team) {
     static thread_local Scratch tile_scratch;
     constexpr int64_t UNIT = 4 * CHUNK;  // of K, of 16 rows of A
     const int64_t decode_units = absmax_units(w), a_units = ceil_div(K, UNIT);
@@ -216,7 +216,7 @@ void packed_backward(DType dtype, int64_t M, const void* x, const LayerGradients
   uint32_t* packed_g = dA ? memory.packed_g.get<uint32_t>(outer_A.packed_dwords()) : nullptr;
   uint32_t* packed_h = need_B ? memory.packed_h.get<uint32_t>(outer_B.packed_dwords()) : nullptr;
 
-  with_team(threads_for(M, w), [&](Team& team) {
+  with_team(threads_for(M, w.numel()), [&](Team& team) {
     static thread_local Scratch tile_scratch, strip_scratch, sum_scratch;
     constexpr int64_t UNIT = 1024;  // of N, of 16 columns of B
     const int64_t decode_units = dx && M ? absmax_units(w) : 0, b_units = ceil_div(N, UNIT);
@@ -263,8 +263,9 @@ void packed_backward(DType dtype, int64_t M, const void* x, const LayerGradients
 
 void qlora_linear(DType dtype, int64_t M, const void* x, const std::vector<Layer>& layers) {
   if (M == 0) return;
-  for (const Layer& layer : layers)
-    takes_dots(M, layer.weight) ? qlora_linear_dots(dtype, M, x, layer) : packed_linear(dtype, M, x, layer);
+  if (std::all_of(layers.begin(), layers.end(), [&](const Layer& layer) { return takes_dots(M, layer.weight); }))
+    return qlora_linear_dots(dtype, M, x, layers);
+  for (const Layer& layer : layers) packed_linear(dtype, M, x, layer);
 }
 
 void qlora_linear_backward(DType dtype, int64_t M, const void* x, const std::vector<LayerGradients>& layers, void* dx) {

@@ -1,4 +1,4 @@
-// The linear layer on a few rows of x: W is decoded in registers and never stored.
+// The linear layer on a few rows of x: what it takes is to read W, and W is read once, in one long stretch a thread.
 #include "convert.h"
 #include "dots.h"
 #include "packed_product.h"
@@ -7,10 +7,12 @@ namespace lora_kernels::cpu {
 
 namespace {
 
-// A few rows of x, K a multiple of 64, blocks of at least 64: W is decoded in registers, once for 4 rows of x, where packing
-// would cost more than the product.  Up to MAX_DOTS rows; where a row of W is short the sum across a register at its end is
-// dear, and packing wins earlier (measured at K = 576).
-constexpr int64_t MAX_DOTS = 12, MAX_DOTS_SHORT = 5, SHORT = 2048, MAX_DOTS_ROWS = 512;
+constexpr int64_t SHORT_CALL = 2 << 20;                        // weights
+constexpr int64_t CHUNK_VALUES = 4096 * 64, CHUNK_ROWS = 128;  // of W, whose scales and rows of B are decoded together
+
+void fetch(const void* p, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(p) + i);
+}
 
 void store(DType dtype, void* out, int64_t i, float v) {
   if (dtype == DType::f32)
@@ -19,95 +21,179 @@ void store(DType dtype, void* out, int64_t i, float v) {
     static_cast<uint16_t*>(out)[i] = dtype == DType::bf16 ? BF16::store(v) : F16::store(v);
 }
 
+// One of the layers.
+class Part {
+ public:
+  Part(const Layer& layer, DType dtype, int64_t M, const Product& product)
+      : layer_(layer),
+        w_(layer.weight),
+        dtype_(dtype),
+        M_(static_cast<int>(M)),
+        rank_(ceil_div(layer.adapter.r, GROUP) * GROUP),
+        chunk_(std::clamp<int64_t>(CHUNK_VALUES / w_.K / 8 * 8, 8, CHUNK_ROWS)),
+        product_(product),
+        dropout_(layer.adapter, w_.K) {
+    while ((int64_t{1} << shift_) < w_.blocksize) shift_++;
+    const Kernels& k = kernels();
+    dots_ = dtype == DType::f32 ? k.dots_f32 : dtype == DType::f16 ? k.dots_f16 : k.dots_bf16;
+  }
+
+  int64_t rows() const { return w_.N; }
+  int64_t h_size() const { return M_ * rank_; }
+  int64_t rank_units() const { return ceil_div(layer_.adapter.r, RANKS); }
+  const Dropout* dropout() const { return layer_.adapter.r && dropout_.active() ? &dropout_ : nullptr; }
+
+  // Rows [unit * RANKS, ...) of h, and scaled in `h`; x of the type that is multiplied, dropped.
+  void rank_rows(const char* x, int64_t unit, float* h) const {
+    const Adapter& adapter = layer_.adapter;
+    const int64_t q0 = unit * RANKS, q1 = std::min(adapter.r, q0 + RANKS), end = q1 == adapter.r ? rank_ : q1;
+    const float scale = dropout_.active() ? dropout_.scale() : 1.0f;
+    float sums[MAX_DOTS * RANKS];
+    product_.gemm.rank_dots(x, M_, w_.K, adapter.A.dtype, Source{adapter.A, w_.K}.at(q0, 0), static_cast<int>(q1 - q0), sums);
+    for (int64_t m = 0; m < M_; m++) {
+      for (int64_t q = q0; q < q1; q++) {
+        const float v = sums[m * RANKS + q - q0] * scale;
+        store(dtype_, layer_.h, m * adapter.r + q, v);
+        h[m * rank_ + q] = v * adapter.scaling;
+      }
+      for (int64_t q = q1; q < end; q++) h[m * rank_ + q] = 0;
+    }
+  }
+
+  // What rows [n0, n1) of the output read first.
+  void fetch_first(int64_t n0, int64_t n1) const {
+    fetch_factors(n0, std::min(n1, n0 + chunk_));
+    fetch(w_.packed + n0 * w_.K / 2, std::min<int64_t>(FIRST, (n1 - n0) * w_.K / 2));
+  }
+
+  // Rows [n0, end) of the output; x split, h scaled.
+  void output_rows(const char* x, const float* h, int64_t n0, int64_t end, Scratch& absmax_scratch, Scratch& B_scratch) const {
+    const Kernels& k = kernels();
+    float biases[CHUNK_ROWS];
+    const int64_t K = w_.K, r = layer_.adapter.r;
+    const Source factor{layer_.adapter.B, r};
+    for (int64_t n1; n0 < end; n0 = n1) {
+      n1 = std::min(end, n0 + chunk_);
+      const int64_t b0 = n0 * K >> shift_, b1 = ceil_div(n1 * K, w_.blocksize);
+      // blocks longer than a row may begin before n0: the kernel counts from row n0
+      const float* absmax = w_.absmax ? w_.absmax + b0 : nullptr;
+      if (!absmax) {
+        float* decoded = absmax_scratch.get<float>(b1 - b0);
+        k.decode_absmax(w_.absmax_u8, w_.absmax2, w_.code2, w_.offset, b0, b1, decoded);
+        absmax = decoded;
+      }
+      const float* B = static_cast<const float*>(factor.at(n0, 0));
+      if (factor.data.dtype != DType::f32 || r != rank_) {
+        float* padded = B_scratch.get<float>(chunk_ * rank_);
+        if (r != rank_) std::fill_n(padded, (n1 - n0) * rank_, 0.0f);
+        for (int64_t n = n0; n < n1; n++) k.f32.convert(factor.data.dtype, factor.at(n, 0), r, padded + (n - n0) * rank_);
+        B = padded;
+      }
+      const Dense& bias = layer_.bias;
+      if (bias.data)
+        k.f32.convert(bias.dtype, static_cast<const char*>(bias.data) + n0 * itemsize(bias.dtype), n1 - n0, biases);
+      fetch_factors(n1, std::min(end, n1 + chunk_));
+      dots_({w_.packed, w_.packed + ceil_div(w_.numel(), 2), w_.quant_type == QuantType::nf4 ? NF4 : FP4, absmax, shift_,
+             n0 * K - (b0 << shift_), K, w_.N, M_, x, rank_, h, B, bias.data ? biases : nullptr, layer_.y, dtype_},
+            n0, n1);
+    }
+  }
+
+ private:
+  static constexpr int64_t FIRST = 16 << 10;
+
+  // The scales and the rows of B that belong to rows [n0, n1).
+  void fetch_factors(int64_t n0, int64_t n1) const {
+    if (n0 >= n1) return;
+    const int64_t b0 = n0 * w_.K >> shift_, b1 = ceil_div(n1 * w_.K, w_.blocksize);
+    w_.absmax ? fetch(w_.absmax + b0, (b1 - b0) * 4) : fetch(w_.absmax_u8 + b0, b1 - b0);
+    const int64_t r = layer_.adapter.r;
+    if (r) fetch(Source{layer_.adapter.B, r}.at(n0, 0), (n1 - n0) * r * itemsize(layer_.adapter.B.dtype));
+  }
+
+  const Layer& layer_;
+  const Weight& w_;
+  const DType dtype_;
+  const int M_;
+  const int64_t rank_, chunk_;
+  const Product& product_;
+  const Dropout dropout_;
+  int shift_ = 0;
+  void (*dots_)(const Dots&, int64_t, int64_t);
+};
+
 }  // namespace
 
-bool takes_dots(int64_t M, const Weight& w) {
-  return M <= (w.K < SHORT ? MAX_DOTS_SHORT : MAX_DOTS) && w.K % 64 == 0 && w.blocksize >= 64;
-}
+bool takes_dots(int64_t M, const Weight& w) { return M <= MAX_DOTS && w.K % 64 == 0 && w.blocksize >= 64; }
 
-void qlora_linear_dots(DType dtype, int64_t M, const void* x, const Layer& layer) {
-  const Weight& w = layer.weight;
-  const Adapter& adapter = layer.adapter;
-  const Dense bias = layer.bias;
-  void *y = layer.y, *h = layer.h;
+void qlora_linear_dots(DType dtype, int64_t M, const void* x, const std::vector<Layer>& layers) {
   static thread_local Scratch split_scratch, rows_scratch, dropped_scratch, h_scratch;
-  const Kernels& k = kernels();
   const Product product(dtype);
   const Gemm& g = product.gemm;
-  const Dropout dropout(adapter, w.K);
-  const int64_t N = w.N, K = w.K, r = adapter.r, rank = ceil_div(r, GROUP) * GROUP, size = itemsize(product.type);
-  const Source source{{x, dtype}, K}, dropped{{x, dtype}, K, dropout.active() ? &dropout : nullptr};
-  const bool same_rows = !dropout.active() || !r, converts = !product.direct(source);
-  char* split = split_scratch.get<char>(M * K * size);
-  char* converted = converts ? rows_scratch.get<char>(M * K * size) : nullptr;
-  char* dropped_rows = same_rows ? nullptr : dropped_scratch.get<char>(M * K * size);
-  const char* rows = converts ? converted : static_cast<const char*>(x);
-  const char* h_rows = same_rows ? rows : dropped_rows;
-  float* h_scaled = h_scratch.get<float>(M * rank);
-  std::fill_n(h_scaled, M * rank, 0.0f);
-  const float h_scale = dropout.active() ? dropout.scale() : 1.0f;
-  const auto dots = dtype == DType::f32 ? k.dots_f32 : dtype == DType::f16 ? k.dots_f16 : k.dots_bf16;
-  int shift = 0;
-  while ((int64_t{1} << shift) < w.blocksize) shift++;
+  const int64_t K = layers.at(0).weight.K, row_bytes = K * itemsize(product.type);
+  std::vector<Part> parts;
+  parts.reserve(layers.size());
+  int64_t rows = 0, h_size = 0, rank_units = 0, dropouts = 0;
+  for (const Layer& layer : layers) {
+    const Part& part = parts.emplace_back(layer, dtype, M, product);
+    rows += part.rows(), h_size += part.h_size(), rank_units += part.rank_units(), dropouts += part.dropout() != nullptr;
+  }
+  const Source source{{x, dtype}, K};
+  const bool converts = !product.direct(source);
+  const int64_t step_bytes = g.step * itemsize(product.type);
+  char* split = split_scratch.get<char>(ceil_div(K, g.step) * M * step_bytes);
+  char* converted = converts ? rows_scratch.get<char>(M * row_bytes) : nullptr;
+  char* dropped = dropouts ? dropped_scratch.get<char>(dropouts * M * row_bytes) : nullptr;
+  const char* x_rows = converts ? converted : static_cast<const char*>(x);
+  float* h = h_scratch.get<float>(h_size);
 
-  with_team(threads_for(M, w), [&](Team& team) {
-    static thread_local Scratch A_scratch, B_scratch, absmax_scratch;
-    if (converts || !same_rows) {
+  with_team(threads_for(M, rows * K), [&](Team& team) {
+    static thread_local Scratch B_scratch, absmax_scratch;
+    // f(part, rows of x for its adapter, its h)
+    auto each_part = [&](const auto& f) {
+      const char* next_dropped = dropped;
+      float* next_h = h;
+      for (const Part& part : parts) {
+        f(part, part.dropout() ? next_dropped : x_rows, next_h);
+        if (part.dropout()) next_dropped += M * row_bytes;
+        next_h += part.h_size();
+      }
+    };
+    if (converts || dropouts) {
       team.share(M, [&](int64_t m) {
-        if (converts) source.load_row(g, m, K, converted + m * K * size);
-        if (!same_rows) dropped.load_row(g, m, K, dropped_rows + m * K * size);
+        if (converts) source.load_row(g, m, K, converted + m * row_bytes);
+        each_part([&](const Part& part, const char* to, float*) {
+          if (part.dropout()) Source{{x, dtype}, K, part.dropout()}.load_row(g, m, K, const_cast<char*>(to) + m * row_bytes);
+        });
       });
       team.sync();
     }
-    team.share(M + ceil_div(r, RANKS), [&](int64_t i) {
-      if (i < M) return g.split(rows + i * K * size, K, split + i * K * size);
-      const int64_t q0 = (i - M) * RANKS, q1 = std::min(r, q0 + RANKS);
-      const Source A{adapter.A, K};
-      const void* a = A.at(q0, 0);
-      if (!product.direct(A)) {
-        char* converted_A = A_scratch.get<char>(RANKS * K * size);
-        for (int64_t q = q0; q < q1; q++) A.load_row(g, q, K, converted_A + (q - q0) * K * size);
-        a = converted_A;
-      }
-      float sums[MAX_DOTS * RANKS];
-      g.rank_dots(h_rows, M, K, a, static_cast<int>(q1 - q0), sums);
-      for (int64_t m = 0; m < M; m++)
-        for (int64_t q = q0; q < q1; q++) {
-          const float v = sums[m * RANKS + q - q0] * h_scale;
-          store(dtype, h, m * r + q, v);
-          h_scaled[m * rank + q] = v * adapter.scaling;
-        }
+    // All rows of all layers are one line that is cut in pieces: one a thread where the call is too short for more.
+    const int64_t pieces = rows * K < SHORT_CALL ? team.threads : 4 * team.threads;
+    const int64_t piece = ceil_div(ceil_div(rows, pieces), 8) * 8;
+    auto each_stretch = [&](int64_t i, const auto& f) {
+      int64_t begin = 0;
+      each_part([&](const Part& part, const char*, const float* h) {
+        const int64_t n0 = std::max(i * piece - begin, int64_t{0}), n1 = std::min((i + 1) * piece - begin, part.rows());
+        if (n0 < n1) f(part, h, n0, n1);
+        begin += part.rows();
+      });
+    };
+    team.share(rank_units + M, [&](int64_t i) {
+      if (i >= rank_units)
+        return g.split(x_rows + (i - rank_units) * row_bytes, K, split + (i - rank_units) * step_bytes, M * g.step);
+      each_part([&](const Part& part, const char* rows, float* h) {
+        if (0 <= i && i < part.rank_units()) part.rank_rows(rows, i, h);
+        i -= part.rank_units();
+      });
     });
+    // its first piece is on the way to a thread while the thread waits for the others
+    each_stretch(team.thread, [](const Part& part, const float*, int64_t n0, int64_t n1) { part.fetch_first(n0, n1); });
     team.sync();
-    // Each thread reads as long a stretch of W as the balance allows, a few rows at a time whose scales stay in L1.
-    const int64_t pieces = team.threads == 1 ? 1 : 4 * team.threads, piece = ceil_div(ceil_div(N, pieces), 4) * 4;
-    const int64_t few = std::clamp<int64_t>(4096 * 64 / K / 4 * 4, 4, MAX_DOTS_ROWS);
-    team.share(ceil_div(N, piece), [&](int64_t i) {
-      float biases[MAX_DOTS_ROWS];
-      float* B = B_scratch.get<float>(few * rank);
-      for (int64_t n0 = i * piece, end = std::min(N, n0 + piece), n1; n0 < end; n0 = n1) {
-        n1 = std::min(end, n0 + few);
-        const int64_t b0 = n0 * K >> shift, b1 = ceil_div(n1 * K, w.blocksize);
-        // blocks longer than a row may begin before n0: the kernel counts from row n0
-        const float* absmax = w.absmax ? w.absmax + b0 : nullptr;
-        if (!absmax) {
-          float* decoded = absmax_scratch.get<float>(b1 - b0);
-          k.decode_absmax(w.absmax_u8, w.absmax2, w.code2, w.offset, b0, b1, decoded);
-          absmax = decoded;
-        }
-        const Source factor{adapter.B, r};
-        if (r == rank) {
-          if (r) k.f32.convert(adapter.B.dtype, factor.at(n0, 0), (n1 - n0) * r, B);
-        } else {
-          std::fill_n(B, (n1 - n0) * rank, 0.0f);
-          for (int64_t n = n0; n < n1; n++) k.f32.convert(adapter.B.dtype, factor.at(n, 0), r, B + (n - n0) * rank);
-        }
-        if (bias.data)
-          k.f32.convert(bias.dtype, static_cast<const char*>(bias.data) + n0 * itemsize(bias.dtype), n1 - n0, biases);
-        dots({w.packed, w.quant_type == QuantType::nf4 ? NF4 : FP4, absmax, shift, n0 * K - (b0 << shift), K, N,
-              static_cast<int>(M), split, rank, h_scaled, B, bias.data ? biases : nullptr, y, dtype},
-             n0, n1);
-      }
+    team.share(ceil_div(rows, piece), [&](int64_t i) {
+      each_stretch(i, [&](const Part& part, const float* h, int64_t n0, int64_t n1) {
+        part.output_rows(split, h, n0, n1, absmax_scratch, B_scratch);
+      });
     });
   });
 }
