@@ -1,4 +1,4 @@
-# demo, test, bench and lint work from a fresh clone: the first one run makes .venv, installs and builds.
+# demo, test, test-levels, bench and lint work from a fresh clone: the first one run makes .venv, installs and builds.
 PYTHON ?= python3
 # Installed first, so that nothing pulls a larger build of torch; 2.13.0 is a CPU build on the machines without a GPU.
 TORCH ?= torch==2.13.0
@@ -7,15 +7,24 @@ MODEL := demo/SmolLM2-135M-Instruct
 INSTALLED := .venv/.installed
 # These targets run on the CPU, and the CUDA code takes minutes to compile: `make gpu` is for machines that need it.
 export LORA_KERNELS_BUILD ?= cpu
+# Those that compute in the CPU kernels, for test-levels; TESTS=tests takes all.
+KERNEL_TESTS := native quantize dequantize decode_absmax formats qlora_linear qlora_linear_group nn model training bitsandbytes
+TESTS ?= $(KERNEL_TESTS:%=tests/test_%.py)
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test lint format bench gpu clean
+.PHONY: demo test test-levels lint format bench gpu clean
 
 demo: $(INSTALLED)
 	$(BIN)/lora-kernels demo
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
+
+# On each instruction set that this CPU has; `test` runs on the best.
+test-levels: $(INSTALLED)
+	levels=$$($(BIN)/python -c "from lora_kernels import _C; print(*_C.cpu_levels())") || exit 1; for level in $$levels; do \
+	    LORA_KERNELS_CPU_ISA=$$level $(BIN)/python -m pytest $(TESTS) || exit 1; \
+	done
 
 # Against every rival that is importable; SmolLM2-135M itself where `make demo` left it, else random weights of its shape.
 bench: $(INSTALLED)

@@ -39,7 +39,7 @@ SUITES = ("train_step", "decode", "train_layer", "forward", "dequantize", "quant
 GPU_ORDER = ("dequantize", "train_layer", "forward", "train_step", "memory", "quantize", "decode_absmax", "decode")
 """On a GPU, where the time may be up before all is measured: what tells most first."""
 GRID = "grid"
-"""Every shape at every number of tokens and threads, against two rivals; minutes more."""
+"""Every shape at every number of tokens and threads, against two rivals; seven minutes more."""
 MODEL_SUITES = ("train_step", "decode")
 
 
@@ -197,7 +197,7 @@ def effort_of(suite: str, device: torch.device, seconds: float) -> Effort:
     if suite in MODEL_SUITES:  # a step takes seconds: few rounds, one step each
         return Effort(10.0, 5, 9, 1.0)
     if suite == GRID:
-        return Effort(seconds / 2, 5, 21)
+        return Effort(1.5 * seconds, 3, 15)
     if device.type == "cuda":  # events are steadier than the clock of a shared CPU: shorter rounds will do
         return Effort(seconds, round_ms=2.0)
     return Effort(seconds)

@@ -74,9 +74,10 @@ def interleave(runs: dict[str, Run], device: torch.device, effort: Effort, alway
     A graph's call is one of those that it holds."""
     timer = _cuda_timer(device) if device.type == "cuda" else _cpu_timer
     seconds, calls, rounds = {}, {}, {}
-    for name, run in runs.items():  # the first call warms up
-        timer(run, 0, 1)
-        seconds[name] = timer(run, 1, 1)
+    for name, run in runs.items():
+        seconds[name] = timer(run, 0, 1)
+        if device.type == "cuda" or seconds[name] < 0.1:  # it only warmed up; of a long call it tells enough
+            seconds[name] = timer(run, 1, 1)
     for name, run in runs.items():
         turn = seconds[name] * (run.calls if isinstance(run, Graph) else 1)
         calls[name] = max(1, min(1000, round(effort.round_ms / 1e3 / max(turn, 1e-7))))

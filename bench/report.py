@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,13 @@ RESULTS = Path(__file__).parent / "results"
 
 INTRODUCTION = """A ratio is the time of the other over ours, both taken in one interleaved run: above 1 we are faster.  A cell
 goes from the worst line of a suite to its best, with the geometric mean, and is **bold** where we lose; of several settings of
-a rival the fastest on a line counts.  A layer without adapter computes less than ours, y and dx but not h, dA and dB: it is the
-limit.  Every output was compared with float64 before it was timed.  The method: [docs/benchmarks.md](docs/benchmarks.md)."""
+a rival the fastest on a line counts (the suite of every shape has one of bitsandbytes, its default).  A layer without adapter
+computes less than ours, y and dx but not h, dA and dB: it is the limit.  Every output was compared with float64 before it was
+timed.  The method: [docs/benchmarks.md](docs/benchmarks.md)."""
+
+GRID = """Each table has `N x K` of the weight down and tokens, that is rows of x, across.  First come the lines on which we do
+worst and best, with the operations that ours must do and the bytes that it must move, over those of the other.  Where they do
+not explain a loss, [docs/cpu.md](docs/cpu.md) says what does."""
 
 
 def load(folder: Path = RESULTS) -> list[tuple[Path, dict[str, Any]]]:
@@ -48,7 +53,6 @@ def rivals(result: dict[str, Any]) -> list[str]:
 
 def overview(results: Sequence[dict[str, Any]], strong: str) -> tuple[list[str], list[list[str]]]:
     """Heading and rows; a worst ratio below 1 stands between two `strong`."""
-    results = [r for r in results if r["suite"] != "grid"]
     groups = {text: names for text, names in GROUPS.items() if any(_worst_mean_best(r, names) for r in results)}
     rows = []
     for result in results:
@@ -59,7 +63,7 @@ def overview(results: Sequence[dict[str, Any]], strong: str) -> tuple[list[str],
                 cells.append("")
                 continue
             worst, mean, best = (f"{value:.2f}x" for value in found)
-            worst = f"{strong}{worst}{strong}" if found[0] < 1 else worst
+            worst = f"{strong}{worst}{strong}" if grid.lost(worst) else worst
             cells.append(worst if len(result["rows"]) == 1 else f"{worst} to {best}, mean {mean}")
         rows.append([SUITES[result["suite"]], _ours(result), *cells])
     return ["", "ours", *groups], rows
@@ -163,19 +167,28 @@ def _details(path: Path, result: dict[str, Any], root: Path) -> str:
     if picture.exists():
         parts.append(f"![{title}: ratio to each rival, by shape]({picture.relative_to(root).as_posix()})")
     if result["suite"] == "grid":
-        parts += [
-            f"{matrix.title}:\n\n{_markdown(next(texts := matrix.texts()), list(texts))}" for matrix in grid.matrices(result)
-        ]
+        parts.append(GRID)
+        parts += [_table(grid.standing(result, name), grid.extremes(result, name)) for name in rivals(result)]
+        parts += [_table(matrix.title, matrix.texts()) for matrix in grid.matrices(result)]
     else:
         parts.append(_extremes(result))
     return "\n\n".join([*parts, "</details>"])
+
+
+def _table(title: str, texts: Iterator[list[str]]) -> str:
+    heading, *rows = texts
+    return f"{title[0].upper()}{title[1:]}:\n\n{_markdown(heading, [[_strong(cell) for cell in row] for row in rows])}"
+
+
+def _strong(cell: str) -> str:
+    return f"**{cell}**" if grid.lost(cell) else cell
 
 
 def _extremes(result: dict[str, Any]) -> str:
     rows = []
     for name in rivals(result):
         s = result["summary"][name]
-        worst, best = (f"**{s[end]:.2f}x** {s[f'{end}_at']}".replace("  ", " ") for end in ("worst", "best"))
+        worst, best = (f"{_strong(f'{s[end]:.2f}x')} {s[f'{end}_at']}".replace("  ", " ") for end in ("worst", "best"))
         rows.append([plain(name), *([f"{s['mean']:.2f}x"] if len(result["rows"]) == 1 else [worst, f"{s['mean']:.2f}x", best])])
     return _markdown(["over", "ratio"] if len(result["rows"]) == 1 else ["over", "worst", "mean", "best"], rows)
 

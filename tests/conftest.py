@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, settings
 
 import lora_kernels as lk
 from lora_kernels import backends
+from lora_kernels.backends import native
 from lora_kernels.testing import Inputs, Results
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -44,7 +45,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_report_header() -> str:
     running = ", ".join(f"{n}: {why}" if why else n for n, why in backends.choices(CPU))
-    return f"random inputs: --seed {_base_seed}\nbackends of the CPU: {running}"
+    lines = [f"random inputs: --seed {_base_seed}", f"backends of the CPU: {running}"]
+    if native.unavailable(CPU) is None:
+        extension = native._extension()
+        lines.append(f"instruction set of native: {extension.cpu_level()} (of {', '.join(extension.cpu_levels())})")
+    return "\n".join(lines)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -182,6 +187,16 @@ def tiny_llama(seed: int = 0, dtype: torch.dtype = torch.float32, tied: bool = F
     model = transformers.LlamaForCausalLM(config).to(dtype)
     torch.set_rng_state(state)
     return model
+
+
+def as_bitsandbytes(model: torch.nn.Module) -> None:
+    """Puts bitsandbytes' layers with our forward in place of the fused ones: what `accelerate` makes of a loaded model."""
+    from lora_kernels.integrations.bitsandbytes import FusedLinear4bit
+
+    for name, m in list(model.named_modules()):
+        if isinstance(m, lk.FusedQLoRALinear):
+            model.set_submodule(name, FusedLinear4bit.from_quantized(m.quantized_weight, m.bias))
+    model.is_loaded_in_4bit = True
 
 
 def edit_json(file: Path, **changes: object) -> None:

@@ -8,7 +8,7 @@ import torch
 from conftest import CPU, python
 
 import lora_kernels as lk
-from lora_kernels import backends
+from lora_kernels import backends, env
 from lora_kernels.backends import reference
 
 OPS = ("quantize", "decode_absmax", "dequantize", "qlora_linear", "qlora_linear_backward")
@@ -17,6 +17,14 @@ OPS = ("quantize", "decode_absmax", "dequantize", "qlora_linear", "qlora_linear_
 @pytest.fixture(autouse=True)
 def _nothing_forced(monkeypatch):
     monkeypatch.delenv("LORA_KERNELS_BACKEND", raising=False)
+    env.backend.cache_clear()
+    yield
+    env.backend.cache_clear()
+
+
+def force_by_environment(monkeypatch, name):
+    monkeypatch.setenv("LORA_KERNELS_BACKEND", name)
+    env.backend.cache_clear()
 
 
 def name_of(module):
@@ -61,7 +69,7 @@ def test_forced_backend(monkeypatch):
         thread.join()
     assert len(calls) == 2
     assert backends.forced() is None
-    monkeypatch.setenv("LORA_KERNELS_BACKEND", "reference")
+    force_by_environment(monkeypatch, "reference")
     lk.dequantize(qw)
     assert len(calls) == 3
     other = next((n for n, why in backends.choices(CPU) if why is None), "reference")
@@ -96,10 +104,10 @@ def test_unknown_names(monkeypatch):
     with pytest.raises(ValueError, match=r"backend must be one of .*reference, got 'cutlass'"), lk.use_backend("cutlass"):
         pass
     assert backends.forced() is None
-    monkeypatch.setenv("LORA_KERNELS_BACKEND", "fast")
+    force_by_environment(monkeypatch, "fast")
     with pytest.raises(ValueError, match=r"LORA_KERNELS_BACKEND must be one of .*reference, got 'fast'"):
         lk.quantize(torch.randn(3, 64))
-    monkeypatch.setenv("LORA_KERNELS_BACKEND", "")
+    force_by_environment(monkeypatch, "")
     assert backends.forced() is None
 
 

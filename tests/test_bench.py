@@ -161,6 +161,13 @@ def test_ratio_is_taken_within_the_rounds_that_both_took_part_in() -> None:
     assert measure.ratio(theirs, ours) == measure.Quartiles(2.0, 2.0, 2.0)
 
 
+def test_a_long_call_is_its_own_warm_up() -> None:
+    calls: dict[str, list[int]] = {"long": [], "short": []}
+    runs = {"long": lambda i: calls["long"].append(i) or time.sleep(0.11), "short": lambda i: calls["short"].append(i)}
+    measure.interleave(runs, CPU, measure.Effort(0.0, 1, 1, 0.0, slow_rounds=1))
+    assert calls == {"long": [0, 2], "short": [0, 1, 2]}
+
+
 def test_interleave_takes_turns() -> None:
     order: list[str] = []
     runs = {name: lambda i, name=name: order.append(name) for name in "ab"}
@@ -244,6 +251,22 @@ def test_grid_has_a_cell_for_every_shape_and_number_of_tokens() -> None:
     ]
     [matrix] = grid.matrices(result_of("grid", rows))
     assert list(matrix.texts()) == [["", "M=1", "M=2"], ["4x8", "0.25x", "0.50x"], ["5x8", "", "0.40x"]]
+
+
+def test_grid_shows_the_worst_lines_first_with_their_work() -> None:
+    def entry(seconds: float, **ratio: float) -> dict[str, Any]:
+        times = {"seconds": {"median": seconds}, "GFLOP/s": 3 / seconds, "GB/s": 2 / seconds}
+        return times | ({"ratio": {"q1": 0.1, "q3": 9, **ratio}} if ratio else {})
+
+    rows = [{"label": f"M={r}", "entries": {OURS: entry(1e-3), "dense": entry(2e-3, median=r)}} for r in (2.0, 0.5, 1.5)]
+    result = result_of("grid", rows)
+    assert grid.standing(result, "dense") == "against bf16 nn.Linear, no adapter: faster on 2 of 3 lines, mean 1.14x"
+    _, worst, best = grid.extremes(result, "dense")
+    assert worst == ["M=0.5", "0.50x [0.10, 9.00]", "1.00 ms", "2.00 ms", "1.00 of theirs", "1.00 of theirs"]
+    assert best[0] == "M=2.0"
+    text = report._table(grid.standing(result, "dense"), grid.extremes(result, "dense"))
+    assert "| M=0.5 | **0.50x [0.10, 9.00]** | 1.00 ms |" in text
+    assert "| M=2.0 | 2.00x [0.10, 9.00] |" in text
 
 
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import tiny_llama
+from conftest import as_bitsandbytes, tiny_llama
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -10,20 +10,12 @@ import lora_kernels as lk
 
 peft = pytest.importorskip("peft")
 pytest.importorskip("bitsandbytes")
-from lora_kernels import FusedQLoRALinear  # noqa: E402
-from lora_kernels.integrations.bitsandbytes import FusedLinear4bit  # noqa: E402
 
 IDS = torch.arange(96).reshape(2, 48) * 7 % 96
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """The models are tiny: more threads would only wait for one another."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning"),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -38,10 +30,7 @@ def peft_model(kind, **lora):
     lk.enable_peft()
     model = lk.apply_qlora(tiny_llama(layers=1), r=0)
     if kind == "bitsandbytes":
-        for name, m in list(model.named_modules()):
-            if isinstance(m, FusedQLoRALinear):
-                model.set_submodule(name, FusedLinear4bit.from_quantized(m.quantized_weight, m.bias))
-        model.is_loaded_in_4bit = True
+        as_bitsandbytes(model)
     torch.manual_seed(0)
     tuned = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear", **lora))
     for name, p in tuned.named_parameters():

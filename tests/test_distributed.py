@@ -14,12 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import tiny_llama
+from conftest import as_bitsandbytes, tiny_llama
 from tiny_folder import chats, make_folder, write_jsonl
 from torch import nn
 
 import lora_kernels as lk
-from lora_kernels import FusedQLoRALinear
 
 CPU = torch.device("cpu")
 KINDS = ["own", "bitsandbytes"]
@@ -32,12 +31,7 @@ def build(kind, **quant):
     lk.enable_peft()
     model = lk.apply_qlora(tiny_llama(), r=0, **quant)
     if kind == "bitsandbytes":
-        from lora_kernels.integrations.bitsandbytes import FusedLinear4bit
-
-        for name, m in list(model.named_modules()):
-            if isinstance(m, FusedQLoRALinear):
-                model.set_submodule(name, FusedLinear4bit.from_quantized(m.quantized_weight, m.bias))
-        model.is_loaded_in_4bit = True
+        as_bitsandbytes(model)
     torch.manual_seed(0)
     model = get_peft_model(model, LoraConfig(r=3, lora_alpha=8, target_modules="all-linear"))
     for name, p in model.named_parameters():

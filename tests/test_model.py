@@ -8,7 +8,7 @@ from conftest import CPU, assert_same_bits, assert_same_state, model_bytes, same
 from torch import nn
 
 import lora_kernels as lk
-from lora_kernels import AdapterConfig, FusedQLoRALinear, backends
+from lora_kernels import AdapterConfig, FusedQLoRALinear, backends, env
 from lora_kernels.model import fused_layers
 from lora_kernels.testing import relative_error
 
@@ -290,7 +290,7 @@ def test_verify(backend):
 
 def test_verify_says_why_it_is_not_fused(monkeypatch):
     """On a machine where nothing was compiled each layer says so, and what to do."""
-    monkeypatch.delenv("LORA_KERNELS_BACKEND", raising=False)
+    monkeypatch.setattr(env, "backend", lambda: None)
     for name in backends.order(CPU):
         if name != "reference":
             monkeypatch.setattr(backends.load(name), "unavailable", lambda device: "it is not built: do this")

@@ -2,17 +2,21 @@
 
 import ctypes
 import hashlib
+import itertools
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from lora_kernels import testing
+from lora_kernels import quantize, testing
 from lora_kernels.backends import native, reference
+from lora_kernels.formats import DYNAMIC_MAP
 from lora_kernels.testing import Case
 
 pytestmark = pytest.mark.skipif(native.unavailable(torch.device("cpu")) is not None, reason="the C++ extension is not built")
@@ -89,63 +93,110 @@ def test_no_rows_give_zero_gradients():
     assert not any(out[name].any() for name in ("dA", "dB", "dbias"))
 
 
-@pytest.mark.parametrize("M", [1, 40])
-def test_group_is_the_layers_and_sums_dx_before_rounding(M: int):
-    several = [testing.make_inputs(Case(M, N, 192, r=8, dropout=p), seed=N) for N, p in ((64, 0.0), (130, 0.3), (65, 0.0))]
+# The contraction of dx in one block and in several, with and without masks between; more layers than a block has room for.
+@pytest.mark.parametrize(
+    ("M", "widths"), [(1, (64, 130, 65)), (40, (64, 130, 65)), (20, (5200, 130, 2100)), (30, tuple(range(10, 70, 10)))]
+)
+def test_group_is_the_layers_and_sums_dx_before_rounding(M: int, widths: tuple[int, ...]):
+    cases = [Case(M, N, 192, r=(16, 17, 1)[i % 3], dropout=(0.0, 0.3, 0.0)[i % 3]) for i, N in enumerate(widths)]
+    several = [testing.make_inputs(case, seed=case.N) for case in cases]
     x = several[0].x
     layers = [(i.qw, i.lora_A, i.lora_B, 2.0, None, i.case.dropout, i.seed) for i in several]
     ys, hs = native.qlora_linear_group(x, layers)
     for y, h, layer in zip(ys, hs, layers, strict=True):
         want_y, want_h = native.qlora_linear(x, *layer)
         assert torch.equal(y, want_y) and torch.equal(h, want_h)
-    needs = [(True, True, False)] * 3
-    arguments = ([i.dy for i in several], x, hs, layers, True, needs)
-    got, want = native.qlora_linear_group_backward(*arguments), reference.qlora_linear_group_backward(*arguments)
-    assert testing.relative_error(got[0], want[0]) < 3e-3
-    for ours, theirs in zip(got[1] + got[2], want[1] + want[2], strict=True):
-        assert testing.relative_error(ours, theirs) < 5e-3
+    dys = [i.dy for i in several]
+    dx, dAs, dBs, _ = native.qlora_linear_group_backward(dys, x, hs, layers, True, [(True, True, False)] * len(layers))
+    assert testing.relative_error(dx, sum(testing.oracle(i)["dx"] for i in several)) < 2e-3, "one bf16 rounding"
+    for dy, h, layer, dA, dB in zip(dys, hs, layers, dAs, dBs, strict=True):
+        arguments = (*layer[:4], *layer[5:], (False, True, True, False))
+        _, want_dA, want_dB, _ = native.qlora_linear_backward(dy, x, h, *arguments)
+        assert torch.equal(dA, want_dA) and torch.equal(dB, want_dB)
 
 
 # ---- each level, in its own process: the level and torch's threads are chosen once
 
-LEVEL_CASES = [
-    Case(1, 65, 640, r=17, bias=True),
-    Case(4, 64, 576, r=16, quant_type="fp4", blocksize=256),
-    Case(7, 63, 100, r=3, blocksize=4096, bias=True),
-    Case(33, 130, 576, r=16, dropout=0.3),
-    Case(17, 65, 2720, r=8, blocksize=32),
-    Case(3, 130, 4096, r=8),
-    Case(13, 320, 5184, r=2),  # a strip of panels with one thread, single panels with two
+# (M, N, K): the dot kernels on short and on long rows of W, and lengths that they can't take; the packed product with whole and
+# with cut panels, with the contraction in several blocks, and with strips of panels where there is one thread.
+LEVEL_SHAPES = [
+    *((M, 800, 576) for M in (1, 2, 3, 5, 6)),
+    *((M, 260, 2112) for M in range(1, 14)),
+    *((M, 390, 1100) for M in (1, 4, 33)),
+    *((64, 190, 576), (33, 130, 2720), (150, 96, 330), (13, 320, 5184)),
 ]
+FEATURES = [  # each meets each dtype
+    Case(1, 1, 1, r=16),
+    Case(1, 1, 1, r=17, blocksize=4096, bias=True),
+    Case(1, 1, 1, r=1, blocksize=128, dropout=0.3, quant_type="fp4"),
+    Case(1, 1, 1, r=40, blocksize=256, double_quant=False),
+    Case(1, 1, 1, r=3, blocksize=2048, bias=True, dropout=0.5),
+    Case(1, 1, 1, r=0, blocksize=512, bias=True),
+    Case(1, 1, 1, r=8, blocksize=1024, lora_dtype=BF16),
+    Case(1, 1, 1, r=65, blocksize=32, double_quant=False, quant_type="fp4"),
+]
+DTYPES = (BF16, FP16, FP32)
+
+
+def _level_results() -> Iterator[tuple[str, testing.Results]]:
+    """Every op, each with enough work for a second thread."""
+    for i, (shape, dtype) in enumerate(itertools.product(LEVEL_SHAPES, DTYPES)):
+        M, N, K = shape
+        assert (M + 8) * N * K > 3 << 20, "from 2 << 20 on a layer is shared among threads"
+        inputs = testing.make_inputs(replace(FEATURES[i % len(FEATURES)], M=M, N=N, K=K, dtype=dtype))
+        out = results(inputs)
+        if i % 5 == 0:
+            testing.assert_close_to_oracle(out, inputs)
+        yield inputs.case.id, out
+    for M, dtype in itertools.product((3, 12, 40), DTYPES):
+        yield f"group {M} {dtype}", _group_results(M, dtype)
+    for i, (case, dtype) in enumerate(itertools.product(FEATURES, DTYPES)):
+        weight = torch.randn(301, 1013, generator=torch.Generator().manual_seed(i)).to(dtype)
+        qw = quantize(weight, case.quant_type, case.blocksize, case.double_quant)
+        W = native.dequantize(qw, dtype)
+        assert torch.equal(W, reference.dequantize(qw, dtype))
+        yield f"quantize {case.quant_type} {case.blocksize} {dtype}", {"packed": qw.packed, "absmax": qw.absmax, "W": W}
+    scales = torch.randint(256, (70001,), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    absmax2 = torch.rand(274, generator=torch.Generator().manual_seed(1))
+    yield "decode_absmax", {"absmax": native.decode_absmax(scales, absmax2, DYNAMIC_MAP, torch.tensor(0.1))}
+
+
+def _group_results(M: int, dtype: torch.dtype) -> testing.Results:
+    cases = [replace(case, M=M, N=N, K=2112, dtype=dtype) for case, N in zip(FEATURES, (130, 260, 390), strict=False)]
+    several = [testing.make_inputs(case) for case in cases]
+    x = several[0].x
+    layers = [(i.qw, i.lora_A, i.lora_B, 2.0, i.bias, i.case.dropout, i.seed) for i in several]
+    ys, hs = native.qlora_linear_group(x, layers)
+    needs = [(True, True, case.bias) for case in cases]
+    dx, *grads = native.qlora_linear_group_backward([i.dy for i in several], x, hs, layers, True, needs)
+    flat = {"dx": dx} | {str(i): t for i, t in enumerate(itertools.chain(ys, hs, *grads))}
+    return {name: t for name, t in flat.items() if t is not None}
 
 
 def _run_level() -> None:
-    digests = []
-    for case in LEVEL_CASES:
-        for dtype in (BF16, FP16, FP32):
-            inputs = testing.make_inputs(Case(**{**vars(case), "dtype": dtype}))
-            out = results(inputs)
-            testing.assert_close_to_oracle(out, inputs)
-            out["W"] = native.dequantize(inputs.qw, dtype)
-            assert torch.equal(out["W"], reference.dequantize(inputs.qw, dtype))
-            digests.append(digest(out))
-    print(json.dumps({"level": native._extension().cpu_level(), "digests": digests}))
+    digests = {name: digest(out) for name, out in _level_results()}
+    print(json.dumps({"level": native._extension().cpu_level(), "threads": torch.get_num_threads(), "digests": digests}))
 
 
 def _levels() -> list[str]:
-    return [] if native.unavailable(torch.device("cpu")) else native._extension().cpu_levels()
+    """All that this CPU has, or the one that is forced."""
+    if native.unavailable(torch.device("cpu")):
+        return []
+    extension = native._extension()
+    return [extension.cpu_level()] if os.environ.get("LORA_KERNELS_CPU_ISA") else extension.cpu_levels()
 
 
 @pytest.mark.parametrize("level", _levels())
 def test_level_is_right_and_threads_do_not_change_a_bit(level: str):
     runs = []
     for threads in "1", "2":
-        environment = os.environ | {"LORA_KERNELS_CPU_ISA": level, "OMP_NUM_THREADS": threads}
+        environment = os.environ | {"LORA_KERNELS_CPU_ISA": level, "OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "passive"}
         run = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=120)
         assert run.returncode == 0, run.stderr
         runs.append(json.loads(run.stdout))
-    assert runs[0]["level"] == level
-    assert runs[0] == runs[1], "2 threads gave other bits than 1"
+    assert [(run["level"], run["threads"]) for run in runs] == [(level, 1), (level, 2)]
+    one, two = (run["digests"] for run in runs)
+    assert [name for name in one if one[name] != two[name]] == [], "2 threads gave other bits than 1"
 
 
 def _memory(field: str) -> int:

@@ -128,6 +128,53 @@ def test_compute_dtype():
     assert_same_bits(y.detach(), layer(x.to(BF16)).detach().float())
 
 
+def another(t):
+    return nn.Parameter(torch.randn_like(t), requires_grad=t.requires_grad)
+
+
+CHANGES = {
+    "bytes in place": lambda layer, other: layer.weight.data.copy_(other.weight),
+    "data of the weight": lambda layer, other: setattr(layer.weight, "data", other.weight.data),
+    "the weight": lambda layer, other: setattr(layer, "weight", other.weight),
+    "scales": lambda layer, other: setattr(layer, "absmax", other.absmax),
+    "second scales": lambda layer, other: layer.absmax2.mul_(2),
+    "offset": lambda layer, other: setattr(layer, "offset", layer.offset + 0.1),
+    "bias": lambda layer, other: setattr(layer, "bias", another(layer.bias)),
+    "no bias": lambda layer, other: setattr(layer, "bias", None),
+    "a matrix": lambda layer, other: setattr(layer.lora_A["default"], "weight", another(layer.lora_A["default"].weight)),
+    "data of a matrix": lambda layer, other: setattr(layer.lora_B["default"].weight, "data", torch.randn(36, 16)),
+    "a matrix in place": lambda layer, other: layer.lora_B["default"].weight.data.normal_(),
+    "the module of a matrix": lambda layer, other: layer.lora_A.update({"default": nn.Linear(100, 16, bias=False)}),
+    "the adapter": lambda layer, other: layer.add_adapter("other", AdapterConfig(4, 8)),
+    "no adapter": lambda layer, other: layer.set_adapter(None),
+    "a state dict": lambda layer, other: layer.load_state_dict(other.state_dict()),
+    "a state dict, assigned": lambda layer, other: layer.load_state_dict(other.state_dict(), assign=True),
+    "bytes of another format": lambda layer, other: layer.load_state_dict(
+        FusedQLoRALinear(100, 36, quant_type="fp4", blocksize=256, double_quant=False).state_dict()
+    ),
+}
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_call_sees_what_changed_since_the_last(change, grad):
+    layer, x = layer_of(), torch.randn(3, 100)
+    with torch.set_grad_enabled(grad):
+        before = layer(x).detach()
+        CHANGES[change](layer, layer_of())
+        assert relative_error(layer(x), dense(layer, x)) < 1e-5
+        assert relative_error(layer(x), before) > 1e-3
+
+
+def test_a_replica_has_its_own_matrices():
+    """As nn.DataParallel makes it: other modules in a copy of the dictionaries."""
+    layer, other, x = layer_of(), layer_of(), torch.randn(3, 100)
+    replica = layer._replicate_for_data_parallel()
+    replica._parameters, replica._modules = dict(layer._parameters), dict(other._modules)
+    assert relative_error(replica(x), dense(replica, x)) < 1e-5
+    assert relative_error(replica(x), layer(x)) > 1e-3
+
+
 # ---- saving
 
 

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import assert_same_bits, python, tiny_llama
+from conftest import as_bitsandbytes, assert_same_bits, python, tiny_llama
 from torch import nn
 
 import lora_kernels as lk
@@ -20,16 +20,7 @@ from lora_kernels.integrations.peft import FusedLoraLinear, FusedLoraLinear4bit,
 FP32, BF16 = torch.float32, torch.bfloat16
 TARGETS = ["q_proj", "v_proj", "o_proj", "down_proj"]
 IDS = torch.arange(36).reshape(2, 18) * 7 % 96
-pytestmark = pytest.mark.filterwarnings("ignore:Already:UserWarning")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """The models are tiny: more threads would only wait for one another."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:Already:UserWarning")]
 
 
 @pytest.fixture(params=["bitsandbytes", "own"])
@@ -52,10 +43,7 @@ def quantized(kind, dtype=FP32, bias=False, **quant):
         if isinstance(m, FusedQLoRALinear):
             dense.set_submodule(name, m.to_linear(dtype))
     if kind == "bitsandbytes":
-        for name, m in list(model.named_modules()):
-            if isinstance(m, FusedQLoRALinear):
-                model.set_submodule(name, FusedLinear4bit.from_quantized(m.quantized_weight, m.bias))
-        model.is_loaded_in_4bit = True
+        as_bitsandbytes(model)
     return model, dense
 
 
@@ -161,7 +149,7 @@ def test_bf16(kind, dora):
     assert {g.dtype for g in grads.values()} == {BF16}
 
 
-def test_dropout_is_fused_and_scales_as_pefts(kind, monkeypatch):
+def test_dropout_is_fused_and_scales_as_pefts(kind):
     """The mask our call draws, put into PEFT's layer in place of its own: same outputs and gradients."""
     config = LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS, lora_dropout=0.3)
     ours, stock = pair(kind, config)
@@ -185,19 +173,20 @@ def test_dropout_is_fused_and_scales_as_pefts(kind, monkeypatch):
             kept.view(-1, K)[:, k : k + n] = y
         return kept.round(decimals=3)
 
-    from lora_kernels import autograd
-
-    randint, seeds = torch.randint, []
-    monkeypatch.setattr(autograd.torch, "randint", lambda *a, **k: seeds.append(randint(*a, **k)) or seeds[-1])
     order = []
     hooks = [
         m.register_forward_hook(lambda m, a, y, n=n: order.append((n, a[0].detach())))
         for n, m in ours.named_modules()
         if isinstance(m, _FusedLora)
     ]
+    before = torch.get_rng_state()
     loss = ours(input_ids=IDS, labels=IDS).loss
     loss.backward()
-    assert len(seeds) == len(order) == 8
+    after = torch.get_rng_state()
+    torch.set_rng_state(before)
+    seeds = [torch.randint(2**63 - 1, (1,)) for _ in order]
+    assert len(seeds) == 8
+    assert torch.equal(torch.get_rng_state(), after), "a layer draws one seed and nothing else"
     layers = dict(stock.named_modules())
     for (name, x), seed in zip(order, seeds, strict=True):
         masks[name] = seed

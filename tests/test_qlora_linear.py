@@ -127,26 +127,26 @@ def test_every_combination_of_gradients(backend, case, seed):
             assert_same_bits(tensor, full[name], f"{name} with needs {needs}")
 
 
-def test_bits_do_not_depend_on_the_run_or_the_threads(backend, seed):
-    threads = torch.get_num_threads()
-    for case in (
+@pytest.mark.parametrize(
+    "case",
+    [
         Case(70, 257, 576, r=16, bias=True, dropout=0.1),
-        Case(3, 300, 576, r=16, dtype=FP32),
-        Case(65, 130, 200, dtype=FP16),
-    ):
-        inputs = make_inputs(case, seed)
-        first = run_ops(inputs)
-        for name, tensor in run_ops(inputs).items():
-            assert_same_bits(tensor, first[name], name)
-        if backend == "reference":
-            continue  # plain torch's products depend on the number of threads
-        torch.set_num_threads(1)
-        try:
-            single = run_ops(inputs)
-        finally:
-            torch.set_num_threads(threads)
-        for name, tensor in single.items():
-            assert_same_bits(tensor, first[name], f"{name} with one thread")
+        Case(3, 700, 576, r=16, dtype=FP32),
+        Case(65, 330, 200, dtype=FP16),
+    ],
+    ids=lambda c: c.id,
+)
+def test_bits_do_not_depend_on_the_run_or_the_threads(backend, case, seed, one_thread):
+    """tests/test_native.py has many more layers, on every instruction set."""
+    inputs = make_inputs(case, seed)
+    first = run_ops(inputs)
+    for name, tensor in run_ops(inputs).items():
+        assert_same_bits(tensor, first[name], name)
+    if backend == "reference":
+        return  # plain torch's products depend on the number of threads
+    torch.set_num_threads(2)
+    for name, tensor in run_ops(inputs).items():
+        assert_same_bits(tensor, first[name], f"{name} with two threads")
 
 
 def test_wrong_gradients_are_seen(seed):

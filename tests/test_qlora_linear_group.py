@@ -9,7 +9,9 @@ import torch
 from conftest import tiny_llama
 
 import lora_kernels as lk
+from lora_kernels.autograd import linears
 from lora_kernels.model import fused_layers
+from lora_kernels.nn import InputGroup
 from lora_kernels.ops import group_args
 from lora_kernels.testing import Case, Inputs, assert_close_to_oracle, make_inputs, max_error, oracle, plain
 
@@ -25,7 +27,7 @@ def layers_on_one_x(cases: list[Case], seed: int) -> list[Inputs]:
 
 def layer(inputs: Inputs) -> tuple:
     c = inputs.case
-    return inputs.qw, inputs.lora_A, inputs.lora_B, c.scaling, inputs.bias, c.dropout, inputs.seed
+    return *inputs.qw.op_args(), inputs.lora_A, inputs.lora_B, c.scaling, inputs.bias, c.dropout, inputs.seed
 
 
 GROUPS = {
@@ -90,6 +92,71 @@ def test_x_is_saved_once(backend):
     assert all(t.grad is not None for t in (x, *A, *B))
 
 
+def gradients(call, group: list[Inputs], trained: str):
+    """Outputs, and gradients of x and of what is trained, of `call(x, weights, As, Bs, scalings, biases, dropouts)`."""
+    x = group[0].x.clone().requires_grad_("x" in trained)
+    leaves = [
+        [None if t is None else t.clone().requires_grad_(letter in trained) for t in (getattr(i, name) for i in group)]
+        for letter, name in (("A", "lora_A"), ("B", "lora_B"), ("b", "bias"))
+    ]
+    cases = [i.case for i in group]
+    torch.manual_seed(3)
+    ys = call(x, [i.qw for i in group], *leaves[:2], [c.scaling for c in cases], leaves[2], [c.dropout for c in cases])
+    used = [(y, i.dy) for y, i in zip(ys, group, strict=True) if y.requires_grad]
+    if used:
+        torch.autograd.backward(*zip(*used, strict=True))
+    return [y.detach() for y in ys], [None if t is None else t.grad for t in (x, *leaves[0], *leaves[1], *leaves[2])]
+
+
+def one_by_one(x, *lists):
+    return [lk.qlora_linear(x, *arguments) for arguments in zip(*lists, strict=True)]
+
+
+@pytest.mark.parametrize("trained", ["xABb", "AB", "x", "B", "xA", "b", ""])
+@pytest.mark.parametrize("name", ["qkv", "mixed formats"])
+def test_gradient_is_that_of_the_layers(backend, name, trained, seed):
+    """Also the same dropout masks.  In float32, where one sum differs from another by a rounding."""
+    group = layers_on_one_x([replace(c, dtype=FP32) for c in GROUPS[name]], seed)
+    ys, grads = gradients(lk.qlora_linear_group, group, trained)
+    want_ys, want = gradients(one_by_one, group, trained)
+    for y, want_y in zip(ys, want_ys, strict=True):
+        torch.testing.assert_close(y, want_y, rtol=1e-5, atol=1e-5)
+    for got, expected in zip(grads, want, strict=True):
+        assert (got is None) == (expected is None)
+        if got is not None:
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_an_output_that_is_not_used(backend):
+    group = layers_on_one_x([Case(5, 64, 96, dtype=FP32), Case(5, 32, 96, dtype=FP32)], 0)
+    x = group[0].x.clone().requires_grad_()
+    _, y = lk.qlora_linear_group(x, [i.qw for i in group], [i.lora_A for i in group], [i.lora_B for i in group], [2.0, 2.0])
+    y.sum().backward()
+    want = group[0].x.clone().requires_grad_()
+    lk.qlora_linear(want, group[1].qw, group[1].lora_A, group[1].lora_B, 2.0).sum().backward()
+    torch.testing.assert_close(x.grad, want.grad)
+
+
+def test_what_a_group_refuses(backend):
+    qw, x = [lk.quantize(torch.randn(5, 64)) for _ in range(2)], torch.randn(3, 64, requires_grad=True)
+    (dx,) = torch.autograd.grad(sum(y.square().sum() for y in lk.qlora_linear_group(x, qw)), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x.detach(), torch.ones(3, 64))
+        with pytest.raises((RuntimeError, NotImplementedError), match="forward"):
+            lk.qlora_linear_group(dual, qw)
+
+
+def test_autocast(backend):
+    group = layers_on_one_x([Case(5, 64, 96, dtype=FP32), Case(5, 32, 96, dtype=FP32)], 0)
+    with torch.autocast("cpu", BF16):
+        ys, grads = gradients(lk.qlora_linear_group, group, "xAB")
+    want_ys, _ = gradients(lk.qlora_linear_group, [replace(i, x=i.x.to(BF16), dy=i.dy.to(BF16)) for i in group], "")
+    assert all(torch.equal(y, want) for y, want in zip(ys, want_ys, strict=True))
+    assert all(g.dtype == FP32 for g in grads[:5])
+
+
 def test_bad_input():
     qw = lk.quantize(torch.randn(32, 64))
     x = torch.randn(2, 64)
@@ -133,3 +200,41 @@ def test_grouped_model(one_thread):
         x = torch.randn(3, 64)  # a layer called alone, and twice
         torch.testing.assert_close(q(x), model.model.layers[0].self_attn.q_proj(x))
         assert torch.equal(q(x), q(x))
+
+
+def input_group(**options) -> list[lk.FusedQLoRALinear]:
+    layers = [lk.FusedQLoRALinear(64, N, **options) for N in (32, 48)]
+    for fused in layers:
+        torch.nn.init.normal_(fused.lora_matrices("default")[1])
+    InputGroup(layers)
+    return layers
+
+
+@pytest.mark.parametrize("options", [{}, {"compute_dtype": BF16}], ids=str)
+def test_input_group_computes_once(options, monkeypatch):
+    calls = []
+    monkeypatch.setattr(lk.nn, "linears", lambda x, layers: calls.append(len(layers)) or linears(x, layers))
+    q, k = input_group(**options)
+    x = torch.randn(3, 64)
+    q(x), k(x)
+    assert calls == [2]
+    q(x), q(x), k(x)
+    assert calls == [2, 2, 2]
+
+
+def test_input_group_computes_anew_what_changed():
+    """A result that waits for its layer is for the same x, unchanged, with the same need of a gradient."""
+    q, k = input_group()
+    alone = copy.deepcopy(k)
+    alone._group = None
+    x = torch.randn(3, 64)
+    q(x)
+    x.add_(1)
+    assert torch.equal(k(x), alone(x))
+    with torch.no_grad():
+        q(x)
+    assert k(x).requires_grad
+    with torch.inference_mode():
+        x = torch.randn(3, 64)
+        q(x)
+        assert torch.equal(k(x), alone(x))

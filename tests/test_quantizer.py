@@ -24,15 +24,7 @@ from lora_kernels.integrations.bitsandbytes import FusedLinear4bit  # noqa: E402
 
 FP32, BF16 = torch.float32, torch.bfloat16
 IDS = torch.arange(36).reshape(2, 18) * 7 % 96
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """The models are tiny: more threads would only wait for one another."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(params=["bitsandbytes", "own"])

@@ -69,7 +69,8 @@ struct MathF32 {
   using F = __m512;
   using W = __m512;
   using X = __m512;
-  static constexpr int LANES = 16, NV = 4, WIDTH = 64, VALUES = 1, NR = 4;
+  static constexpr int LANES = 16, NV = 4, WIDTH = 64, VALUES = 1;
+  static constexpr int NR = 4, DIRECT = 8, DOTS = 16;
   static constexpr DType TYPE = DType::f32;
   static F zero() { return _mm512_setzero_ps(); }
   static F set1(float v) { return _mm512_set1_ps(v); }
@@ -152,6 +153,7 @@ constexpr Gemm GEMM_F32 = {1,
                            rank_tile<MathF32>,
                            scale_store<MathF32>,
                            rank_dots<MathF32, float, convert_f32<MathF32>>,
+                           MathF32::DOTS,
                            DotsF32<F32>::STEP,
                            split<DotsF32<F32>>,
                            nullptr,

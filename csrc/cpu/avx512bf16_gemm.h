@@ -8,7 +8,7 @@ namespace {
 struct MathBF16 : MathF32 {
   using W = __m512bh;
   using X = __m512bh;
-  static constexpr int VALUES = 2;
+  static constexpr int VALUES = 2, DIRECT = 7;
   static constexpr DType TYPE = DType::bf16;
   static W right(const uint32_t* p) { return (__m512bh)_mm512_loadu_si512(p); }
   static X broadcast(uint32_t v) { return (__m512bh)_mm512_set1_epi32((int)v); }
@@ -164,6 +164,7 @@ constexpr Gemm GEMM_BF16 = {2,
                             rank_tile<MathBF16>,
                             scale_store<MathBF16>,
                             rank_dots<MathBF16, uint16_t, convert_bf16>,
+                            MathBF16::DOTS,
                             DotsBF16::STEP,
                             split<DotsBF16>,
                             decode_rows,

@@ -7,7 +7,7 @@
 namespace lora_kernels::cpu {
 
 // Whether `qlora_linear_dots` takes M rows by this weight.
-bool takes_dots(int64_t M, const Weight& weight);
+bool takes_dots(DType dtype, int64_t M, const Weight& weight);
 
 void qlora_linear_dots(DType dtype, int64_t M, const void* x, const std::vector<Layer>& layers);
 

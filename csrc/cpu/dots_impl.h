@@ -1,5 +1,6 @@
 // The product of a few rows of x with rows of W that are decoded as they come, over a struct S that says how a level decodes:
 //   S::Math, S::Value                 how it multiplies (gemm_impl.h), and what
+//   Math::DIRECT, Math::DOTS          rows of x for which W is decoded in registers only, again for each tile; at most
 //   S::STEP                           weights that a table serves, 64 or 128: the last step of a row may be half
 //   S::SPAN, S::WAYS                  weights that WAYS vectors hold: the i-th every WAYS-th of them, from the i-th on
 //   S::Code(codebook), S::table(code, absmax of 64 weights, of the next 64)
@@ -11,7 +12,6 @@ namespace lora_kernels::cpu {
 namespace {
 
 constexpr int TILE = 4;              // rows of x in a tile
-constexpr int DIRECT = 7;            // rows of x for which W is decoded in registers only, again for each tile
 constexpr int DECODED = 8;           // rows of W decoded at a time for more, BLOCK of their columns: these stay in L1
 constexpr int BLOCK = 640;           // at most
 constexpr int64_t FETCH = 32 << 10;  // bytes of W ahead
@@ -101,7 +101,7 @@ class DotRows {
   DotRows(const Dots& d, int64_t n0, int64_t n1) : d_(d), code_(d.codebook), n0_(n0), n1_(n1) {}
 
   void run() {
-    if (d_.M > DIRECT) return buffered();
+    if (d_.M > Math::DIRECT) return buffered();
     for (int64_t n = n0_; n < n1_; n += NR)
       for (int m = 0; m < d_.M; m += TILE) {
         switch (d_.M - m) {

@@ -11,6 +11,8 @@
 namespace lora_kernels::cpu {
 namespace {
 
+constexpr int64_t AHEAD = 256;  // steps of a packed left operand between its prefetch and its use
+
 // sums += left [MR, steps] x right [steps][ld]
 template <class M, int MR, int NV>
 inline __attribute__((always_inline)) void multiply(Strided left, int64_t steps, const uint32_t* __restrict right, int64_t ld,
@@ -35,17 +37,29 @@ inline __attribute__((always_inline)) void multiply(Strided left, int64_t steps,
 #pragma GCC unroll 8
     for (int m = 0; m < MR; m++) sums[m][0] = M::add(sums[m][0], odd[m]);
   }
-  for (; k < steps; k++, right += ld) {
-    typename M::W w[NV];
+  auto advance = [&](int64_t end) __attribute__((always_inline)) {
+#pragma GCC unroll 1
+    for (; k < end; k++, right += ld) {
+      typename M::W w[NV];
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; v++) w[v] = M::right(right + M::LANES * v);
+      for (int v = 0; v < NV; v++) w[v] = M::right(right + M::LANES * v);
 #pragma GCC unroll 8
-    for (int m = 0; m < MR; m++) {
-      const typename M::X x = M::broadcast(rows[m][k * step]);
+      for (int m = 0; m < MR; m++) {
+        const typename M::X x = M::broadcast(rows[m][k * step]);
 #pragma GCC unroll 4
-      for (int v = 0; v < NV; v++) sums[m][v] = M::dot(sums[m][v], x, w[v]);
+        for (int v = 0; v < NV; v++) sums[m][v] = M::dot(sums[m][v], x, w[v]);
+      }
     }
-  }
+  };
+  // 16 steps of a packed tile are MR cache lines.  They come from memory where the operand is larger than a share of L3, and
+  // the hardware's prefetch stops at every page.
+  if (step == MR)
+    while (k + 16 <= steps) {
+#pragma GCC unroll 8
+      for (int m = 0; m < MR; m++) __builtin_prefetch(left.data + (k + AHEAD) * MR + 16 * m);
+      advance(k + 16);
+    }
+  advance(steps);
 }
 
 // The first n of the lanes of v -> out[i ..] of `dtype`.
@@ -71,10 +85,16 @@ __attribute__((noinline)) void finish_rows(int rows, const float* sums, int c0, 
       typename M::F s = M::load_f32(sums + (m * NV + v) * L);
       if (t.add_partial) s = M::add(s, M::load_f32(t.partial + i));
       if (t.bias) s = M::add(s, M::load_f32(t.bias + c));
-      if (t.extra) s = M::add(s, M::load_f32(t.extra + i));
-      if (t.accumulate) s = M::add(s, M::load_some(static_cast<const float*>(t.out) + m * t.ld + c, t.columns - c));
       store<M>(t.dtype, t.out, m * t.ld + c, s, t.columns - c);
     }
+}
+
+// Rows of the output, for writing: they have come when the sums are done.
+inline void prefetch_rows(int rows, const Finish& t, int c0, int columns) {
+  const int64_t size = t.dtype == DType::f32 ? 4 : 2;
+  for (int m = 0; m < rows; m++)
+    for (int64_t b = 0; b < columns * size; b += 64)
+      __builtin_prefetch(static_cast<const char*>(t.out) + (m * t.ld + c0) * size + b, 1);
 }
 
 template <class M, int MR, int NV>
@@ -85,48 +105,48 @@ inline void clear(typename M::F (&sums)[MR][NV]) {
     for (int v = 0; v < NV; v++) sums[m][v] = M::zero();
 }
 
-// sums = left x right.  Of float32, a block of steps is summed apart.
+// sums = parts x right.  Of float32, a block of steps is summed apart.
 template <class M, int MR, int NV>
-inline __attribute__((always_inline)) void product(Strided left, int64_t steps, Strided tail, int64_t tail_steps,
-                                                   const uint32_t* right, int64_t ld, typename M::F (&sums)[MR][NV]) {
+inline __attribute__((always_inline)) void product(const LeftPart* parts, int n_parts, const uint32_t* right, int64_t ld,
+                                                   typename M::F (&sums)[MR][NV]) {
   constexpr int L = M::LANES;
   clear<M>(sums);
   if constexpr (M::VALUES == 2) {
-    multiply<M>(left, steps, right, ld, sums);
-    multiply<M>(tail, tail_steps, right + steps * ld, ld, sums);
+    for (const LeftPart* p = parts; p < parts + n_parts; right += p->steps * ld, p++)
+      multiply<M>(p->left, p->steps, right, ld, sums);
   } else {
     float total[MR * NV * L];
-    for (int64_t k = 0; k < steps + tail_steps;) {
-      const bool at_tail = k >= steps;
-      const int64_t at = at_tail ? k - steps : k, rest = (at_tail ? tail_steps : steps) - at,
-                    n = rest < F32_BLOCK ? rest : F32_BLOCK;
-      const Strided& from = at_tail ? tail : left;
-      if (k > 0) {
+    bool first = true;
+    for (const LeftPart* p = parts; p < parts + n_parts; p++)
+      for (int64_t k = 0, n; k < p->steps; k += n, right += n * ld) {
+        n = p->steps - k < F32_BLOCK ? p->steps - k : F32_BLOCK;
+        if (!first) {
 #pragma GCC unroll 8
-        for (int m = 0; m < MR; m++)
+          for (int m = 0; m < MR; m++)
 #pragma GCC unroll 4
-          for (int v = 0; v < NV; v++) M::store_f32(total + (m * NV + v) * L, sums[m][v]);
-        clear<M>(sums);
-      }
-      multiply<M>({from.data + at * from.step, from.row, from.step}, n, right + k * ld, ld, sums);
-      if (k > 0) {
+            for (int v = 0; v < NV; v++) M::store_f32(total + (m * NV + v) * L, sums[m][v]);
+          clear<M>(sums);
+        }
+        multiply<M>({p->left.data + k * p->left.step, p->left.row, p->left.step}, n, right, ld, sums);
+        if (!first) {
 #pragma GCC unroll 8
-        for (int m = 0; m < MR; m++)
+          for (int m = 0; m < MR; m++)
 #pragma GCC unroll 4
-          for (int v = 0; v < NV; v++) sums[m][v] = M::add(sums[m][v], M::load_f32(total + (m * NV + v) * L));
+            for (int v = 0; v < NV; v++) sums[m][v] = M::add(sums[m][v], M::load_f32(total + (m * NV + v) * L));
+        }
+        first = false;
       }
-      k += n;
-    }
   }
 }
 
 template <class M, int MR>
-void tile_of(Strided left, int64_t steps, Strided tail, int64_t tail_steps, const uint32_t* right, const Finish& t) {
+void tile_of(const LeftPart* parts, int n_parts, const uint32_t* right, const Finish& t) {
   constexpr int L = M::LANES, NV = M::NV;
-  const bool plain = t.dtype == M::TYPE && !t.bias && !t.extra && !t.accumulate;
+  const bool plain = t.dtype == M::TYPE && !t.bias;
   for (int c0 = 0; c0 < t.columns; c0 += NV * L) {
     typename M::F sums[MR][NV];
-    product<M>(left, steps, tail, tail_steps, right + c0, M::WIDTH, sums);
+    if (!t.keep) prefetch_rows(MR, t, c0, NV * L);
+    product<M>(parts, n_parts, right + c0, M::WIDTH, sums);
     if (t.keep || (t.add_partial && plain)) {
       if (t.add_partial) {
 #pragma GCC unroll 8
@@ -161,12 +181,12 @@ void tile_of(Strided left, int64_t steps, Strided tail, int64_t tail_steps, cons
 }
 
 template <class M, int MR>
-void rank_tile_of(Strided left, int64_t steps, const uint32_t* right, int columns, float scale, void* out, int64_t ld,
-                  DType dtype, float tail_scale, void* tail, int64_t tail_ld) {
+void rank_tile_of(const LeftPart& left, const uint32_t* right, int columns, float scale, void* out, int64_t ld, DType dtype,
+                  float tail_scale, void* tail, int64_t tail_ld) {
   constexpr int L = M::LANES, NV = GROUP / L < M::NV ? GROUP / L : M::NV;
   for (int c0 = 0; c0 < columns; c0 += NV * L) {
     typename M::F sums[MR][NV];
-    product<M>(left, steps, {}, 0, right + c0, GROUP, sums);
+    product<M>(&left, 1, right + c0, GROUP, sums);
 #pragma GCC unroll 8
     for (int m = 0; m < MR; m++)
 #pragma GCC unroll 4
@@ -203,15 +223,15 @@ inline void with_rows(int rows, const F& f) {
 }
 
 template <class M>
-void tile(int rows, Strided left, int64_t steps, Strided tail, int64_t tail_steps, const uint32_t* right, const Finish& t) {
-  with_rows(rows, [&](auto n) { tile_of<M, decltype(n)::count>(left, steps, tail, tail_steps, right, t); });
+void tile(int rows, const LeftPart* parts, int n_parts, const uint32_t* right, const Finish& t) {
+  with_rows(rows, [&](auto n) { tile_of<M, decltype(n)::count>(parts, n_parts, right, t); });
 }
 
 template <class M>
-void rank_tile(int rows, Strided left, int64_t steps, const uint32_t* right, int columns, float scale, void* out, int64_t ld,
+void rank_tile(int rows, const LeftPart& left, const uint32_t* right, int columns, float scale, void* out, int64_t ld,
                DType dtype, float tail_scale, void* tail, int64_t tail_ld) {
   with_rows(rows, [&](auto n) {
-    rank_tile_of<M, decltype(n)::count>(left, steps, right, columns, scale, out, ld, dtype, tail_scale, tail, tail_ld);
+    rank_tile_of<M, decltype(n)::count>(left, right, columns, scale, out, ld, dtype, tail_scale, tail, tail_ld);
   });
 }
 

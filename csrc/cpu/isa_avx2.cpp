@@ -150,7 +150,8 @@ struct MathF32 {
   using F = __m256;
   using W = __m256;
   using X = __m256;
-  static constexpr int LANES = 8, NV = 2, WIDTH = 16, VALUES = 1, NR = 2;
+  static constexpr int LANES = 8, NV = 2, WIDTH = 16, VALUES = 1;
+  static constexpr int NR = 2, DIRECT = 12, DOTS = 12;
   static constexpr DType TYPE = DType::f32;
   static F zero() { return _mm256_setzero_ps(); }
   static F set1(float v) { return _mm256_set1_ps(v); }
@@ -261,6 +262,7 @@ constexpr Gemm GEMM_F32 = {1,
                            rank_tile<MathF32>,
                            scale_store<MathF32>,
                            rank_dots<MathF32, float, convert_f32<MathF32>>,
+                           MathF32::DOTS,
                            DotsF32<F32>::STEP,
                            split<DotsF32<F32>>,
                            nullptr,

@@ -58,7 +58,8 @@ struct MathF32 {
   typedef float F __attribute__((vector_size(16)));
   using W = F;
   using X = F;
-  static constexpr int LANES = 4, NV = 2, WIDTH = 16, VALUES = 1, NR = 2;
+  static constexpr int LANES = 4, NV = 2, WIDTH = 16, VALUES = 1;
+  static constexpr int NR = 2, DIRECT = 7, DOTS = 16;
   static constexpr DType TYPE = DType::f32;
   static F zero() { return F{0, 0, 0, 0}; }
   static F set1(float v) { return F{v, v, v, v}; }
@@ -141,6 +142,7 @@ constexpr Gemm GEMM_F32 = {1,
                            rank_tile<MathF32>,
                            scale_store<MathF32>,
                            rank_dots<MathF32, float, convert_f32<MathF32>>,
+                           MathF32::DOTS,
                            DotsF32<F32>::STEP,
                            split<DotsF32<F32>>,
                            nullptr,

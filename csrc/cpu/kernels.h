@@ -12,20 +12,18 @@ constexpr int COLUMNS = 64;    // of the right operand in a panel, and the row l
 constexpr int F32_BLOCK = 64;  // steps of a float32 sum before it joins the total: its error grows with their square root
 constexpr int GROUP = 16;      // columns that are packed together
 constexpr int RANKS = 4;       // rows of lora_A that are multiplied together with a few rows of x
-constexpr int MAX_DOTS = 16;   // rows of x that are few: for more, the packed product is faster
+constexpr int MAX_DOTS = 16;   // rows of x that any level counts as few
 
 // What becomes of the sums of a tile [rows, columns].
 struct Finish {
-  float* partial;      // [rows, COLUMNS] sums carried between blocks of the contraction
-  bool add_partial;    // to the sums
-  bool keep;           // the sums go to `partial`, the rest is ignored
-  const float* bias;   // [columns] or null
-  const float* extra;  // [rows, COLUMNS] added to the sums, or null
-  void* out;           // [rows, columns] of `dtype`, rows ld apart
+  float* partial;     // [rows, COLUMNS] sums carried between blocks of the contraction
+  bool add_partial;   // to the sums
+  bool keep;          // the sums go to `partial`, the rest is ignored
+  const float* bias;  // [columns] or null
+  void* out;          // [rows, columns] of `dtype`, rows ld apart
   int64_t ld;
   DType dtype;
   int columns;
-  bool accumulate;  // the sums are added to `out`, which is float32
 };
 
 // A left operand [rows, steps]: dwords from one row and from one step to the next.  Packed tiles are {1, rows}, row-major
@@ -33,6 +31,12 @@ struct Finish {
 struct Strided {
   const uint32_t* data;
   int64_t row, step;
+};
+
+// A stretch of a contraction.
+struct LeftPart {
+  Strided left;
+  int64_t steps;
 };
 
 // A matrix product: left [rows, D] by steps, right [D, columns] packed as [steps][`width`] dwords.  A dword is one step of the
@@ -49,13 +53,12 @@ struct Gemm {
   // steps ld_dst and groups group_stride dwords apart.
   void (*interleave)(const void* src, int64_t ld, int64_t rows, int columns, uint32_t* dst, int64_t ld_dst,
                      int64_t group_stride);
-  // [left [rows, steps] | tail [rows, tail_steps]] x right [steps + tail_steps][width] -> finish.  columns <= width.
-  void (*tile)(int rows, Strided left, int64_t steps, Strided tail, int64_t tail_steps, const uint32_t* right,
-               const Finish& finish);
+  // Parts [rows, steps] side by side x right [steps of all][width] -> finish.  columns <= width.
+  void (*tile)(int rows, const LeftPart* parts, int n_parts, const uint32_t* right, const Finish& finish);
   // left [rows, steps] x right [steps][16]: scale * sums -> out [rows, columns <= 16] of `dtype`, and tail_scale * sums ->
   // tail [rows, columns] of the type that is multiplied; rows ld and tail_ld values apart.
-  void (*rank_tile)(int rows, Strided left, int64_t steps, const uint32_t* right, int columns, float scale, void* out,
-                    int64_t ld, DType dtype, float tail_scale, void* tail, int64_t tail_ld);
+  void (*rank_tile)(int rows, const LeftPart& left, const uint32_t* right, int columns, float scale, void* out, int64_t ld,
+                    DType dtype, float tail_scale, void* tail, int64_t tail_ld);
 
   // scale * src [n] -> dst of `dtype`
   void (*store)(const float* src, int64_t n, float scale, DType dtype, void* dst);
@@ -63,6 +66,8 @@ struct Gemm {
   // x [M <= MAX_DOTS, K], of the type that is multiplied, a [rows <= RANKS, K]^T of `dtype` -> out [M, RANKS]; K a multiple
   // of 64
   void (*rank_dots)(const void* x, int M, int64_t K, DType dtype, const void* a, int rows, float* out);
+  // Rows of x up to which `dots` is faster than the packed product.
+  int few;
   // x [n] in the order that `dots` takes it, padded with zeros to a multiple of `step`, steps step_to_step values apart.
   int step;
   void (*split)(const void* x, int64_t n, void* dst, int64_t step_to_step);

@@ -4,12 +4,15 @@
 // left is packed in tiles of up to ROWS rows, right in panels of COLUMNS columns that stay in the L2 cache; a tile of sums
 // lives in registers for the whole contraction (a block of it, where a panel would not fit) and is rounded once.  Every sum is
 // taken by one thread in an order that depends on the shapes alone, so the number of threads never changes a bit.
+//
+// The layers of a group are outputs side by side in forward, which share the packed x, and more of one contraction in dx.
 #pragma once
 #if __has_include(<unistd.h>)
 #include <unistd.h>
 #endif
 
 #include <cmath>
+#include <vector>
 
 #include "../codebooks.h"
 #include "../ops.h"
@@ -122,6 +125,14 @@ struct Product {
       gemm.interleave(buffer, COLUMNS, m, columns, dst + i / gemm.values * ld_dst, ld_dst, group_stride);
     }
   }
+
+  // [d0 .. d0 + n, column .. column + columns <= 64) of source, or of its transpose -> dst [steps of n][columns]
+  void pack_right(const Source& s, bool transposed, int64_t d0, int64_t n, int64_t column, int columns, uint32_t* dst,
+                  int64_t ld_dst, int64_t group_stride) const {
+    if (!transposed) return interleave(s, d0, n, column, columns, dst, ld_dst, group_stride);
+    for (int c = 0; c < columns; c += GROUP, dst += group_stride)
+      transpose(s, column + c, std::min(GROUP, columns - c), d0, n, dst, ld_dst);
+  }
 };
 
 // COLUMNS columns of a right operand, in pieces of `width`.
@@ -136,16 +147,26 @@ struct Panel {
   int64_t group_stride() const { return width >= COLUMNS ? GROUP : width * steps; }
 };
 
-// The quantized weight as a right operand.
-class WeightPanels {
+// A right operand [D, columns], packed panel by panel.
+class Right {
+ public:
+  virtual ~Right() = default;
+  // [d0 .. d1, c .. c + COLUMNS), anything past the last column, which no tile stores, to the panel's steps from `step` on;
+  // d0 a multiple of 64
+  virtual void fill(int64_t c, int64_t d0, int64_t d1, const Panel& panel, int64_t step) const = 0;
+};
+
+// W^T or W
+class WeightPanels : public Right {
  public:
   // absmax: of the whole weight, decoded
-  WeightPanels(const Weight& w, const float* absmax, const Product& product, DType dtype)
+  WeightPanels(const Weight& w, const float* absmax, const Product& product, DType dtype, bool transposed)
       : w_(w),
         absmax_(absmax),
         product_(product),
         codebook_(w.quant_type == QuantType::nf4 ? NF4 : FP4),
-        straight_(product.gemm.decode_rows && w.K % 32 == 0) {
+        transposed_(transposed),
+        direct_(product.gemm.decode_rows && w.K % 32 == 0) {
     while ((int64_t{1} << shift_) < w.blocksize) shift_++;
     const Kernels& k = kernels();
     decode_ = dtype == DType::f32     ? k.decode_f32
@@ -154,45 +175,49 @@ class WeightPanels {
                                       : k.decode_bf16_as_f32;
   }
 
-  // W^T [k0 .. k1, n0 .. n0 + COLUMNS), anything past the last column, which no tile stores; k0 a multiple of 64
-  void transposed(int64_t n0, int64_t k0, int64_t k1, const Panel& panel) const {
+  void fill(int64_t c, int64_t d0, int64_t d1, const Panel& panel, int64_t step) const override {
+    transposed_ ? rows(c, d0, d1, panel, step) : columns(c, d0, d1, panel, step);
+  }
+
+ private:
+  // W^T [k0 .. k1, n0 .. n0 + COLUMNS)
+  void rows(int64_t n0, int64_t k0, int64_t k1, const Panel& panel, int64_t step) const {
     const Gemm& g = product_.gemm;
     const int64_t size = itemsize(product_.type);
     for (int group = 0; group < COLUMNS / GROUP; group++) {
       const int64_t n = n0 + group * GROUP;
       const int rows = static_cast<int>(std::clamp<int64_t>(w_.N - n, 0, GROUP));
-      if (straight_ && rows == GROUP) {
-        g.decode_rows(w_.packed, codebook_, absmax_, shift_, w_.K, n, k0, k1, panel.at(group, 0), panel.width);
+      if (direct_ && rows == GROUP) {
+        g.decode_rows(w_.packed, codebook_, absmax_, shift_, w_.K, n, k0, k1, panel.at(group, step), panel.width);
         continue;
       }
       alignas(64) float buffer[GROUP * CHUNK];
       for (int64_t k = k0; k < k1 && rows; k += CHUNK) {
         const int64_t m = std::min(CHUNK, k1 - k);
         for (int i = 0; i < rows; i++) elements((n + i) * w_.K + k, m, reinterpret_cast<char*>(buffer) + i * CHUNK * size);
-        g.transpose(buffer, CHUNK, rows, m, panel.at(group, (k - k0) / g.values), panel.width);
+        g.transpose(buffer, CHUNK, rows, m, panel.at(group, step + (k - k0) / g.values), panel.width);
       }
     }
   }
 
-  // W [n0 .. n1, k0 .. k0 + COLUMNS); n0 a multiple of 64
-  void straight(int64_t k0, int64_t n0, int64_t n1, const Panel& panel) const {
+  // W [n0 .. n1, k0 .. k0 + COLUMNS)
+  void columns(int64_t k0, int64_t n0, int64_t n1, const Panel& panel, int64_t step) const {
     const Gemm& g = product_.gemm;
     const int64_t columns = std::min<int64_t>(COLUMNS, w_.K - k0), size = itemsize(product_.type);
-    if (straight_)
+    if (direct_)
       return g.decode_columns(w_.packed, codebook_, absmax_, shift_, w_.K, n0, n1, k0, static_cast<int>(columns),
-                              panel.at(0, 0), panel.width);
+                              panel.at(0, step), panel.width);
     constexpr int64_t R = 32;
     alignas(64) float buffer[R * COLUMNS];
     for (int64_t n = n0; n < n1; n += R) {
       const int64_t rows = std::min(R, n1 - n);
       for (int64_t i = 0; i < rows; i++)
         elements((n + i) * w_.K + k0, columns, reinterpret_cast<char*>(buffer) + i * COLUMNS * size);
-      g.interleave(buffer, COLUMNS, rows, static_cast<int>(columns), panel.at(0, (n - n0) / g.values), panel.width,
+      g.interleave(buffer, COLUMNS, rows, static_cast<int>(columns), panel.at(0, step + (n - n0) / g.values), panel.width,
                    panel.group_stride());
     }
   }
 
- private:
   void elements(int64_t begin, int64_t n, void* out) const {
     decode_(w_.packed, codebook_, absmax_, shift_, begin, begin + n, out);
   }
@@ -201,9 +226,27 @@ class WeightPanels {
   const float* absmax_;
   const Product& product_;
   const float* codebook_;
-  bool straight_;
+  bool transposed_, direct_;
   int shift_ = 0;
   void (*decode_)(const uint8_t*, const float*, const float*, int, int64_t, int64_t, void*);
+};
+
+// B^T [r, N] or A [r, K]
+class FactorPanels : public Right {
+ public:
+  FactorPanels(const Source& factor, int64_t columns, const Product& product, bool transposed)
+      : factor_(factor), columns_(columns), product_(product), transposed_(transposed) {}
+
+  void fill(int64_t c, int64_t d0, int64_t d1, const Panel& panel, int64_t step) const override {
+    product_.pack_right(factor_, transposed_, d0, d1 - d0, c, static_cast<int>(std::min<int64_t>(COLUMNS, columns_ - c)),
+                        panel.at(0, step), panel.width, panel.group_stride());
+  }
+
+ private:
+  Source factor_;
+  int64_t columns_;
+  const Product& product_;
+  bool transposed_;
 };
 
 // Rows cut into tiles of nearly equal height.
@@ -214,110 +257,201 @@ struct Tiles {
   int rows(int64_t i) const { return static_cast<int>(begin(i + 1) - begin(i)); }
 };
 
-// The left operand [_, D], and what the adapter makes of it: products [_, r] = source x right, times scale, and the tail
-// [_, r], which follows `source` in the contraction.
+// Rows of a left operand, by steps: packed tiles of one block of rows, or a row-major matrix of all.
+struct Rows {
+  const uint32_t* data;
+  int64_t ld;  // dwords
+  bool packed;
+
+  Strided tile(int64_t m0, const Tiles& tiles, int64_t i, int64_t step) const {
+    if (packed) return {data + tiles.begin(i) * ld + step * tiles.rows(i), 1, tiles.rows(i)};
+    return {data + (m0 + tiles.begin(i)) * ld + step, ld, 1};
+  }
+};
+
+// A matrix [M, D] as a left operand.
 struct Left {
   const Product& product;
   Source source;
-  int64_t D, r;            // r 0: no adapter
-  const uint32_t* right;   // [ceil(r / 16)][steps of D][16]
-  const Dropout* dropout;  // of `source`, for the adapter only
-  Dense products;
-  float scale, tail_scale;
-  uint32_t* tail;  // [_, steps of r]
+  int64_t D;
+  uint32_t* packed;  // [tile][steps of D][rows] of a block, where it packs
 
   // A matrix whose rows are close together is read as fast where it lies.
   bool packs() const { return !product.direct(source) || D % product.gemm.values || D * itemsize(product.type) > MAX_STRIDE; }
+  int64_t steps() const { return product.steps(D); }
 
-  Strided tile(const uint32_t* packed, int64_t m0, const Tiles& tiles, int64_t i, int64_t d) const {
-    if (packs()) return {packed + tiles.begin(i) * product.steps(D) + product.steps(d) * tiles.rows(i), 1, tiles.rows(i)};
-    return {static_cast<const uint32_t*>(source.at(m0 + tiles.begin(i), d)), source.ld / product.gemm.values, 1};
+  Rows rows() const {
+    if (packs()) return {packed, steps(), true};
+    return {static_cast<const uint32_t*>(source.data.data), source.ld / product.gemm.values, false};
   }
-  Strided tail_of(int64_t m) const { return {tail + m * product.steps(r), product.steps(r), 1}; }
+  void pack(int64_t m0, const Tiles& tiles, int64_t i) const {
+    if (packs())
+      product.transpose(source, m0 + tiles.begin(i), tiles.rows(i), 0, D, packed + tiles.begin(i) * steps(), tiles.rows(i));
+  }
+};
 
-  // Rows [m0, m0 + tiles.M): packed [tile][steps of D][rows], products and tail
-  void prepare(int64_t m0, const Tiles& tiles, int64_t i, uint32_t* packed, Scratch& scratch) const {
-    const int64_t m = m0 + tiles.begin(i), steps = product.steps(D);
+// What an adapter makes of a left operand: products [M, r] = left x right, times scale, and the tail [M, r], which follows left
+// in the contraction.
+struct LowRank {
+  int64_t r;
+  const uint32_t* right;   // [ceil(r / 16)][steps of D][16]
+  const Dropout* dropout;  // of left, or null
+  Dense products;
+  float scale, tail_scale;
+  uint32_t* tail;  // [M, steps of r]
+
+  // For the rows of a tile, which has been packed.
+  void multiply(const Left& left, int64_t m0, const Tiles& tiles, int64_t i, Scratch& scratch) const {
+    const Product& product = left.product;
+    const int64_t m = m0 + tiles.begin(i), steps = left.steps(), ld = product.steps(r);
     const int rows = tiles.rows(i);
-    Strided factor = tile(packed, m0, tiles, i, 0);
-    if (packs()) product.transpose(source, m, rows, 0, D, packed + tiles.begin(i) * steps, rows);
-    if (!r) return;
+    LeftPart factor{left.rows().tile(m0, tiles, i, 0), steps};
     if (dropout) {
-      Source dropped = source;
+      Source dropped = left.source;
       dropped.dropout = dropout;
       uint32_t* t = scratch.get<uint32_t>(steps * rows);
-      product.transpose(dropped, m, rows, 0, D, t, rows);
-      factor = {t, 1, rows};
+      product.transpose(dropped, m, rows, 0, left.D, t, rows);
+      factor.left = {t, 1, rows};
     }
     for (int64_t q = 0; q < r; q += GROUP)
       product.gemm.rank_tile(
-          rows, factor, steps, right + q * steps, static_cast<int>(std::min<int64_t>(GROUP, r - q)), scale,
+          rows, factor, right + q * steps, static_cast<int>(std::min<int64_t>(GROUP, r - q)), scale,
           const_cast<char*>(static_cast<const char*>(products.data)) + (m * r + q) * itemsize(products.dtype), r,
-          products.dtype, tail_scale, tail + m * product.steps(r) + q / product.gemm.values,
-          product.steps(r) * product.gemm.values);
+          products.dtype, tail_scale, tail + m * ld + q / product.gemm.values, ld * product.gemm.values);
   }
 };
 
-struct Right {
-  int64_t columns;
-  const Dense* bias;       // [columns] or null
-  const Dropout* dropout;  // of the adapter's part of the product, or null
+// A stretch of a contraction: a left operand [M, D] and a right one [D, columns].
+struct Stretch {
+  Rows left;
+  const Right* right;
+  int64_t D;
+  const Dropout* dropout;  // of their product, or null
 };
 
-// One block of rows: out [m0 .. m0 + tiles.M, columns] (+)= packed left x panels.  weight(c, d0, d1, panel) fills a panel's
-// steps of [d0, d1), adapter(c, panel, step) those of the adapter, from `step` on.
-template <class WeightFill, class AdapterFill>
-void multiply(Team& team, const Left& left, const uint32_t* packed, int64_t m0, const Tiles& tiles, const Right& right,
-              const WeightFill& weight, const AdapterFill& adapter, void* out, DType out_dtype, bool accumulate) {
+// out [M, columns]: the sum of the products of its stretches, and the bias.
+class Output {
+ public:
+  static constexpr int MAX_PARTS = 8;
+
+  // A block of the contraction, of which a panel holds COLUMNS columns.
+  struct Block {
+    struct Piece {
+      Rows left;
+      const Right* right;
+      int64_t d0, d1;
+    };
+    Piece pieces[MAX_PARTS];
+    int n;
+    int64_t steps;
+    const Dropout* dropout;  // of the whole block, or null
+  };
+
+  Output(const Product& product, int64_t columns, void* out, Dense bias, const std::vector<Stretch>& stretches)
+      : columns(columns), out(out), bias(bias) {
+    // what is masked comes first, so that the last block rounds the sums
+    const int64_t most = panel_bytes() / (COLUMNS * 4) / CUT * CUT;
+    int64_t rest = 0;
+    for (const Stretch& s : stretches) s.dropout ? cut(product, s, most) : void(rest += product.steps(s.D));
+    const int64_t even = ceil_div(ceil_div(rest, ceil_div(rest, most)), CUT) * CUT;
+    for (const Stretch& s : stretches)
+      if (!s.dropout) cut(product, s, even);
+  }
+
+  int64_t panels() const { return ceil_div(columns, COLUMNS); }
+
+  const int64_t columns;
+  void* const out;
+  const Dense bias;
+  std::vector<Block> blocks;
+
+ private:
+  static constexpr int64_t CUT = 64;  // steps between which a stretch is cut
+
+  // Appends a stretch to the blocks of up to `most` steps.
+  void cut(const Product& product, const Stretch& s, int64_t most) {
+    const int64_t steps = product.steps(s.D);
+    for (int64_t step = 0, n; step < steps; step += n) {
+      const bool open = !blocks.empty() && !s.dropout && !blocks.back().dropout && blocks.back().n < MAX_PARTS;
+      int64_t room = open ? most - blocks.back().steps : 0;
+      if (room < steps - step) room = room / CUT * CUT;
+      if (room <= 0) {
+        blocks.push_back({{}, 0, 0, s.dropout});
+        room = most;
+      }
+      n = std::min(steps - step, room);
+      Block& block = blocks.back();
+      block.pieces[block.n++] = {s.left, s.right, step * product.gemm.values, std::min(s.D, (step + n) * product.gemm.values)};
+      block.steps += n;
+    }
+  }
+};
+
+// One block of rows, [m0, m0 + tiles.M), of each output.
+inline void multiply(Team& team, const Product& product, int64_t m0, const Tiles& tiles, const std::vector<Output>& outputs,
+                     DType dtype) {
   static thread_local Scratch panel_scratch, partial_scratch;
-  const Gemm& g = left.product.gemm;
-  const int64_t D = left.D, r = left.r, C = right.columns, rank_steps = left.product.steps(r);
-  const int64_t blocks = ceil_div(left.product.steps(D), panel_bytes() / (COLUMNS * 4));
-  const int64_t block = ceil_div(ceil_div(D, blocks), 64) * 64;
-  const int64_t panel_steps = left.product.steps(std::min(block, D)) + rank_steps;
+  const Gemm& g = product.gemm;
+  int64_t panel_steps = 0, panels = 0;
+  bool partial_sums = false;
+  for (const Output& o : outputs) {
+    panels += o.panels();
+    partial_sums |= o.blocks.size() > 1;
+    for (const Output::Block& block : o.blocks) panel_steps = std::max(panel_steps, block.steps);
+  }
   uint32_t* panel_data = panel_scratch.get<uint32_t>(panel_steps * COLUMNS);
   // A strip of panels takes one block of the contraction together: of dx, its rows of W lie in no more pages than the TLB
   // holds.
-  const int64_t span = block < D ? SPAN : 1;
-  float* partials = block < D ? partial_scratch.get<float>(span * tiles.M * COLUMNS) : nullptr;
-  alignas(64) float bias[COLUMNS], extra[ROWS * COLUMNS];
+  const int64_t span = partial_sums ? SPAN : 1;
+  float* partials = partial_sums ? partial_scratch.get<float>(span * tiles.M * COLUMNS) : nullptr;
+  alignas(64) float bias[COLUMNS], masked[ROWS * COLUMNS];
 
-  auto part = [&](int64_t c, int64_t d0, float* partial, int64_t tile0, int64_t tile1) {
-    const int columns = static_cast<int>(std::min<int64_t>(COLUMNS, C - c));
-    if (right.bias)
-      kernels().f32.convert(right.bias->dtype, static_cast<const char*>(right.bias->data) + c * itemsize(right.bias->dtype),
-                            columns, bias);
-    const int64_t d1 = std::min(D, d0 + block), weight_steps = left.product.steps(d1 - d0);
-    const bool last = d1 == D;
-    const Panel panel{panel_data, weight_steps + (last ? rank_steps : 0), g.width};
-    weight(c, d0, d1, panel);
-    if (last && r) adapter(c, panel, weight_steps);
-    const bool joined = last && !right.dropout;
+  auto part = [&](const Output& o, size_t b, int64_t c, float* partial, int64_t tile0, int64_t tile1) {
+    const Output::Block& block = o.blocks[b];
+    const bool first = b == 0, last = b + 1 == o.blocks.size();
+    const int columns = static_cast<int>(std::min<int64_t>(COLUMNS, o.columns - c));
+    const Panel panel{panel_data, block.steps, g.width};
+    LeftPart parts[Output::MAX_PARTS];
+    int64_t step = 0;
+    for (int j = 0; j < block.n; step += parts[j++].steps) {
+      const auto& [left, right, d0, d1] = block.pieces[j];
+      parts[j].steps = product.steps(d1 - d0);
+      right->fill(c, d0, d1, panel, step);
+    }
+    if (o.bias.data && last)
+      kernels().f32.convert(o.bias.dtype, static_cast<const char*>(o.bias.data) + c * itemsize(o.bias.dtype), columns, bias);
     for (int64_t i = tile0; i < tile1; i++) {
       const int64_t row = tiles.begin(i);
       const int rows = tiles.rows(i);
-      const Strided tile = left.tile(packed, m0, tiles, i, d0), tail = left.tail_of(m0 + row);
-      if (last && right.dropout) {
-        for (int p = 0; p < columns; p += g.width)
-          g.tile(rows, tail, rank_steps, {}, 0, panel.at(p / GROUP, weight_steps),
-                 {extra + p, false, true, nullptr, nullptr, nullptr, 0, out_dtype, std::min(g.width, columns - p), false});
-        for (int m = 0; m < rows; m++) right.dropout->apply(m0 + row + m, c, columns, extra + m * COLUMNS);
-      }
+      for (int j = 0; j < block.n; j++)
+        parts[j].left = block.pieces[j].left.tile(m0, tiles, i, product.steps(block.pieces[j].d0));
       for (int p = 0; p < columns; p += g.width) {
-        char* o = static_cast<char*>(out) + ((m0 + row) * C + c + p) * itemsize(out_dtype);
-        g.tile(rows, tile, weight_steps, tail, joined ? rank_steps : 0, panel.at(p / GROUP, 0),
-               {partial ? partial + row * COLUMNS + p : nullptr, d0 > 0, !last, right.bias ? bias + p : nullptr,
-                last && right.dropout ? extra + p : nullptr, o, C, out_dtype, std::min(g.width, columns - p), accumulate});
+        const int width = std::min(g.width, columns - p);
+        float* sums = block.dropout ? masked + p : partial ? partial + row * COLUMNS + p : nullptr;
+        char* to = static_cast<char*>(o.out) + ((m0 + row) * o.columns + c + p) * itemsize(dtype);
+        g.tile(rows, parts, block.n, panel.at(p / GROUP, 0),
+               {sums, !first && !block.dropout, !last, o.bias.data ? bias + p : nullptr, to, o.columns, dtype, width});
+      }
+      if (!block.dropout) continue;
+      for (int m = 0; m < rows; m++) {
+        float* sum = partial + (row + m) * COLUMNS;
+        block.dropout->apply(m0 + row + m, c, columns, masked + m * COLUMNS);
+        for (int j = 0; j < columns; j++) sum[j] = (first ? 0.0f : sum[j]) + masked[m * COLUMNS + j];
       }
     }
   };
+  // Panels [panel, panel + n) of all outputs.
   auto strip = [&](int64_t panel, int64_t n, int64_t tile0, int64_t tile1) {
-    for (int64_t d0 = 0; d0 < D; d0 += block)
-      for (int64_t i = 0; i < n; i++)
-        part((panel + i) * COLUMNS, d0, partials ? partials + i * tiles.M * COLUMNS : nullptr, tile0, tile1);
+    for (const Output& o : outputs) {
+      const int64_t begin = std::max<int64_t>(panel, 0), end = std::min(panel + n, o.panels());
+      for (size_t b = 0; b < o.blocks.size(); b++)
+        for (int64_t i = begin; i < end; i++)
+          part(o, b, i * COLUMNS, partials ? partials + (i - begin) * tiles.M * COLUMNS : nullptr, tile0, tile1);
+      panel -= o.panels();
+    }
   };
   // As many strips as every thread can have, then as many panels; the rest is shared by rows.
-  const int64_t panels = ceil_div(C, COLUMNS), strips = panels / span / team.threads * team.threads, narrow = strips * span;
+  const int64_t strips = panels / span / team.threads * team.threads, narrow = strips * span;
   const int64_t whole = narrow + (panels - narrow) / team.threads * team.threads;
   team.share(strips + whole - narrow, [&](int64_t i) {
     i < strips ? strip(i * span, span, 0, tiles.count) : strip(narrow + i - strips, 1, 0, tiles.count);

@@ -124,7 +124,9 @@ class Part {
 
 }  // namespace
 
-bool takes_dots(int64_t M, const Weight& w) { return M <= MAX_DOTS && w.K % 64 == 0 && w.blocksize >= 64; }
+bool takes_dots(DType dtype, int64_t M, const Weight& w) {
+  return M <= Product(dtype).gemm.few && w.K % 64 == 0 && w.blocksize >= 64;
+}
 
 void qlora_linear_dots(DType dtype, int64_t M, const void* x, const std::vector<Layer>& layers) {
   static thread_local Scratch split_scratch, rows_scratch, dropped_scratch, h_scratch;
