@@ -8,6 +8,7 @@
 #include <torch/csrc/utils/pybind.h>
 #include <torch/version.h>
 
+#include <array>
 #include <map>
 #include <mutex>
 #include <optional>
@@ -19,6 +20,24 @@
 #include "codebooks.h"
 #include "cpu/kernels.h"
 #include "ops.h"
+
+// A tuple of its parts.
+template <>
+struct pybind11::detail::type_caster<lora_kernels::Layer> {
+  using OptionalTensor = lora_kernels::OptionalTensor;
+  using Parts =
+      std::tuple<at::Tensor, at::Tensor, OptionalTensor, OptionalTensor, OptionalTensor, std::array<int64_t, 2>, std::string,
+                 int64_t, OptionalTensor, OptionalTensor, double, OptionalTensor, double, OptionalTensor>;
+  PYBIND11_TYPE_CASTER(lora_kernels::Layer, make_caster<Parts>::name);
+
+  bool load(handle source, bool convert) {
+    make_caster<Parts> parts;
+    if (!parts.load(source, convert)) return false;
+    value =
+        std::apply([](auto&&... part) { return lora_kernels::Layer{std::move(part)...}; }, cast_op<Parts>(std::move(parts)));
+    return true;
+  }
+};
 
 namespace lora_kernels {
 namespace {
@@ -135,13 +154,24 @@ class PackedWeight {
   cuda::Weight weight_;
 };
 
-cuda::Adapter adapter(const OptionalTensor& A, const OptionalTensor& B, double scaling, double dropout_p,
-                      const OptionalTensor& seed) {
-  const bool dropout = A && dropout_p > 0;
-  const int64_t* key = dropout ? seed.value().const_data_ptr<int64_t>() : nullptr;
-  const uint64_t key_on_cpu = dropout && !seed->is_cuda() ? static_cast<uint64_t>(*key) : 0;
-  return {{dense(A), dense(B), A ? A->size(0) : 0, static_cast<float>(scaling), dropout ? dropout_p : 0.0, key_on_cpu}, key};
-}
+// Holds the tensors of a layer while an op reads them.
+struct Operands {
+  explicit Operands(const Layer& l)
+      : weight(l.packed, l.absmax, l.absmax2, l.code2, l.offset, l.shape[0], l.shape[1], l.quant_type, l.blocksize),
+        A(aligned(l.lora_A)),
+        B(aligned(l.lora_B)),
+        bias(aligned(l.bias)) {
+    const bool dropout = A && l.dropout_p > 0;
+    const int64_t* seed = dropout ? l.seed.value().const_data_ptr<int64_t>() : nullptr;
+    const uint64_t seed_on_cpu = dropout && !l.seed->is_cuda() ? static_cast<uint64_t>(*seed) : 0;
+    const int64_t r = A ? A->size(0) : 0;
+    adapter = {{dense(A), dense(B), r, static_cast<float>(l.scaling), dropout ? l.dropout_p : 0.0, seed_on_cpu}, seed};
+  }
+
+  PackedWeight weight;
+  OptionalTensor A, B, bias;
+  cuda::Adapter adapter;
+};
 
 using Quantized = std::tuple<Tensor, Tensor, OptionalTensor, OptionalTensor>;
 
@@ -231,65 +261,92 @@ Tensor empty_rows(const Tensor& like, int64_t last) {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> qlora_linear(Tensor x, const Tensor& packed, const Tensor& absmax, const OptionalTensor& absmax2,
-                                        const OptionalTensor& code2, const OptionalTensor& offset,
-                                        const std::vector<int64_t>& shape, const std::string& quant_type, int64_t blocksize,
-                                        OptionalTensor lora_A, OptionalTensor lora_B, double scaling, OptionalTensor bias,
-                                        double dropout_p, const OptionalTensor& seed) {
-  x = aligned(x), lora_A = aligned(lora_A), lora_B = aligned(lora_B), bias = aligned(bias);
-  const PackedWeight w(packed, absmax, absmax2, code2, offset, shape.at(0), shape.at(1), quant_type, blocksize);
-  const cuda::Adapter a = adapter(lora_A, lora_B, scaling, dropout_p, seed);
+Outputs qlora_linear(const Tensor& input, const std::vector<Layer>& layers) {
+  const Tensor x = aligned(input);
   const DType dtype = dtype_of(x);
   const int64_t M = rows(x);
-  Tensor y = empty_rows(x, w->N), h = at::empty({M, a.r}, x.options());
+  const std::vector<Operands> operands(layers.begin(), layers.end());
+  std::vector<Tensor> ys, hs;
+  for (const Operands& o : operands) {
+    ys.push_back(empty_rows(x, o.weight->N));
+    hs.push_back(at::empty({M, o.adapter.r}, x.options()));
+  }
   run(
       x,
       [&](const auto& context) {
         const bool library = by_library(x, M);
-        cuda::qlora_linear(context, dtype, M, x.data_ptr(), *w, a, dense(bias), y.data_ptr(), h.data_ptr(), !library);
-        if (!library) return;
-        const Tensor rows = x.view({M, w->K}), out = y.view({M, w->N});
-        for_each_panel(context, *w, x,
-                       [&](int64_t begin, int64_t end, const Tensor& W) { out.slice(1, begin, end).addmm_(rows, W.t()); });
-      },
-      [&] { cpu::qlora_linear(dtype, M, x.data_ptr(), {{*w, a, dense(bias), y.data_ptr(), h.data_ptr()}}); });
-  return {y, h};
-}
-
-Gradients qlora_linear_backward(Tensor dy, OptionalTensor x, OptionalTensor h, const Tensor& packed, const Tensor& absmax,
-                                const OptionalTensor& absmax2, const OptionalTensor& code2, const OptionalTensor& offset,
-                                const std::vector<int64_t>& shape, const std::string& quant_type, int64_t blocksize,
-                                OptionalTensor lora_A, OptionalTensor lora_B, double scaling, double dropout_p,
-                                const OptionalTensor& seed, const std::array<bool, 4>& needs, OptionalTensor dx) {
-  dy = aligned(dy), x = aligned(x), h = aligned(h), lora_A = aligned(lora_A), lora_B = aligned(lora_B);
-  const PackedWeight w(packed, absmax, absmax2, code2, offset, shape.at(0), shape.at(1), quant_type, blocksize);
-  const cuda::Adapter a = adapter(lora_A, lora_B, scaling, dropout_p, seed);
-  const bool accumulate_dx = dx.has_value();  // float32 [M, K]
-  OptionalTensor dA, dB, dbias;
-  if (needs[0] && !accumulate_dx) dx = empty_rows(dy, w->K);
-  if (needs[1]) dA = at::empty_like(lora_A.value());
-  if (needs[2]) dB = at::empty_like(lora_B.value());
-  if (needs[3]) dbias = at::empty({w->N}, dy.options().dtype(at::kFloat));
-  auto data = [](const OptionalTensor& t) { return t ? t->data_ptr() : nullptr; };
-  const DType dtype = dtype_of(dy);
-  const int64_t M = rows(dy);
-  float* const dbias_data = static_cast<float*>(data(dbias));
-  run(
-      dy,
-      [&](const auto& context) {
-        const bool library = by_library(dy, M) && !accumulate_dx;
-        cuda::qlora_linear_backward(context, dtype, M, dy.data_ptr(), data(x), data(h), *w, a, accumulate_dx, data(dx),
-                                    data(dA), data(dB), dbias_data, !library);
-        if (!library || !dx) return;
-        const Tensor rows = dy.view({M, w->N}), out = dx->view({M, w->K});
-        for_each_panel(context, *w, dy,
-                       [&](int64_t begin, int64_t end, const Tensor& W) { out.addmm_(rows.slice(1, begin, end), W); });
+        for (size_t i = 0; i < layers.size(); i++) {
+          const Operands& o = operands[i];
+          cuda::qlora_linear(context, dtype, M, x.data_ptr(), *o.weight, o.adapter, dense(o.bias), ys[i].data_ptr(),
+                             hs[i].data_ptr(), !library);
+          if (!library) continue;
+          const Tensor rows = x.view({M, o.weight->K}), out = ys[i].view({M, o.weight->N});
+          for_each_panel(context, *o.weight, x,
+                         [&](int64_t begin, int64_t end, const Tensor& W) { out.slice(1, begin, end).addmm_(rows, W.t()); });
+        }
       },
       [&] {
-        cpu::qlora_linear_backward(dtype, M, data(x), {{*w, a, dy.data_ptr(), data(h), data(dA), data(dB), dbias_data}},
-                                   data(dx));
+        std::vector<cpu::Layer> list;
+        for (size_t i = 0; i < layers.size(); i++) {
+          const Operands& o = operands[i];
+          list.push_back({*o.weight, o.adapter, dense(o.bias), ys[i].data_ptr(), hs[i].data_ptr()});
+        }
+        cpu::qlora_linear(dtype, M, x.data_ptr(), list);
       });
-  return {dx, dA, dB, dbias};
+  return {ys, hs};
+}
+
+Gradients qlora_linear_backward(const std::vector<Tensor>& given_dys, const OptionalTensor& given_x,
+                                const std::vector<OptionalTensor>& given_hs, const std::vector<Layer>& layers, bool need_dx,
+                                const std::vector<std::array<bool, 3>>& needs) {
+  const OptionalTensor x = aligned(given_x);
+  const size_t n = layers.size();
+  const std::vector<Operands> operands(layers.begin(), layers.end());
+  std::vector<Tensor> dys;
+  std::vector<OptionalTensor> hs, dAs(n), dBs(n), dbiases(n);
+  for (size_t i = 0; i < n; i++) {
+    const Tensor& dy = dys.emplace_back(aligned(given_dys.at(i)));
+    hs.push_back(aligned(given_hs.at(i)));
+    const auto [need_dA, need_dB, need_dbias] = needs.at(i);
+    if (need_dA) dAs[i] = at::empty_like(operands[i].A.value());
+    if (need_dB) dBs[i] = at::empty_like(operands[i].B.value());
+    if (need_dbias) dbiases[i] = at::empty({operands[i].weight->N}, dy.options().dtype(at::kFloat));
+  }
+  auto data = [](const OptionalTensor& t) { return t ? t->data_ptr() : nullptr; };
+  auto floats = [](const OptionalTensor& t) { return t ? t->data_ptr<float>() : nullptr; };
+  const Tensor& first = dys.at(0);
+  const DType dtype = dtype_of(first);
+  const int64_t M = rows(first), K = operands[0].weight->K;
+  OptionalTensor dx;
+  if (need_dx) dx = empty_rows(first, K);
+  run(
+      first,
+      [&](const auto& context) {
+        OptionalTensor sum;  // of several layers, rounded once at the end
+        if (dx && n > 1) sum = at::zeros({M, K}, dx->options().dtype(at::kFloat));
+        const bool library = by_library(first, M) && !sum;
+        for (size_t i = 0; i < n; i++) {
+          const Operands& o = operands[i];
+          cuda::qlora_linear_backward(context, dtype, M, dys[i].data_ptr(), data(x), data(hs[i]), *o.weight, o.adapter,
+                                      sum.has_value(), data(sum ? sum : dx), data(dAs[i]), data(dBs[i]), floats(dbiases[i]),
+                                      !library);
+          if (!library || !dx) continue;
+          const Tensor rows = dys[i].view({M, o.weight->N}), out = dx->view({M, K});
+          for_each_panel(context, *o.weight, rows,
+                         [&](int64_t begin, int64_t end, const Tensor& W) { out.addmm_(rows.slice(1, begin, end), W); });
+        }
+        if (sum) dx->copy_(sum->view(dx->sizes()));
+      },
+      [&] {
+        std::vector<cpu::LayerGradients> list;
+        for (size_t i = 0; i < n; i++) {
+          const Operands& o = operands[i];
+          list.push_back(
+              {*o.weight, o.adapter, dys[i].data_ptr(), data(hs[i]), data(dAs[i]), data(dBs[i]), floats(dbiases[i])});
+        }
+        cpu::qlora_linear_backward(dtype, M, data(x), list, data(dx));
+      });
+  return {dx, dAs, dBs, dbiases};
 }
 
 namespace {

@@ -1,4 +1,4 @@
-// The linear layer on tensors of any strides.
+// The linear layer on tensors of any strides: several layers on one x.
 #pragma once
 #include <ATen/ATen.h>
 
@@ -13,29 +13,37 @@ namespace lora_kernels {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// x [*, K] -> y [*, N], h [M, r].
-std::tuple<Tensor, Tensor> qlora_linear(Tensor x, const Tensor& packed, const Tensor& absmax, const OptionalTensor& absmax2,
-                                        const OptionalTensor& code2, const OptionalTensor& offset,
-                                        const std::vector<int64_t>& shape, const std::string& quant_type, int64_t blocksize,
-                                        OptionalTensor lora_A, OptionalTensor lora_B, double scaling, OptionalTensor bias,
-                                        double dropout_p, const OptionalTensor& seed);
+// What a layer takes besides x.
+struct Layer {
+  Tensor packed, absmax;
+  OptionalTensor absmax2, code2, offset;
+  std::array<int64_t, 2> shape;  // N, K
+  std::string quant_type;
+  int64_t blocksize;
+  OptionalTensor lora_A, lora_B;
+  double scaling;
+  OptionalTensor bias;
+  double dropout_p;
+  OptionalTensor seed;
+};
 
-// dx, dA, dB, dbias
-using Gradients = std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor>;
+// y [*, N] and h [M, r] of each layer.
+using Outputs = std::tuple<std::vector<Tensor>, std::vector<Tensor>>;
 
-// dy [*, N], x [*, K], h [M, r] -> dx [*, K].  `dx`, if given, is float32 and is added to.
-Gradients qlora_linear_backward(Tensor dy, OptionalTensor x, OptionalTensor h, const Tensor& packed, const Tensor& absmax,
-                                const OptionalTensor& absmax2, const OptionalTensor& code2, const OptionalTensor& offset,
-                                const std::vector<int64_t>& shape, const std::string& quant_type, int64_t blocksize,
-                                OptionalTensor lora_A, OptionalTensor lora_B, double scaling, double dropout_p,
-                                const OptionalTensor& seed, const std::array<bool, 4>& needs, OptionalTensor dx);
+// x [*, K]
+Outputs qlora_linear(const Tensor& x, const std::vector<Layer>& layers);
 
-// y [*, N] with its gradient, as lora_kernels/autograd.py defines it.  Nothing where the tensors are not plain ones of a CPU,
-// something watches the call, or an argument is not what lora_kernels/ops.py asks for.
-OptionalTensor qlora_linear_autograd(const Tensor& x, const Tensor& packed, const Tensor& absmax, const OptionalTensor& absmax2,
-                                     const OptionalTensor& code2, const OptionalTensor& offset,
-                                     const std::vector<int64_t>& shape, const std::string& quant_type, int64_t blocksize,
-                                     const OptionalTensor& lora_A, const OptionalTensor& lora_B, double scaling,
-                                     const OptionalTensor& bias, double dropout_p, const OptionalTensor& seed);
+// dx [*, K], the sum over the layers, then dA, dB and dbias of each.
+using Gradients =
+    std::tuple<OptionalTensor, std::vector<OptionalTensor>, std::vector<OptionalTensor>, std::vector<OptionalTensor>>;
+
+// dy [*, N] and h [M, r] of each layer; x [*, K].  `needs` says of each which of dA, dB, dbias are wanted.
+Gradients qlora_linear_backward(const std::vector<Tensor>& dys, const OptionalTensor& x, const std::vector<OptionalTensor>& hs,
+                                const std::vector<Layer>& layers, bool need_dx, const std::vector<std::array<bool, 3>>& needs);
+
+// y [*, N] of each layer with its gradient, as lora_kernels/autograd.py defines it; a seed that is missing is drawn.  Nothing
+// where the tensors are not plain ones of a CPU, something watches the call, or an argument is not what lora_kernels/ops.py
+// asks for.
+std::optional<std::vector<Tensor>> qlora_linear_autograd(Tensor x, std::vector<Layer> layers);
 
 }  // namespace lora_kernels

@@ -16,6 +16,7 @@ and the dropout seed are settled here and nowhere else.  A backend may bring the
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import backends
-from .backends import Layer
+from .backends import FlatLayer
 from .formats import DYNAMIC_MAP, WEIGHT_DTYPES, QuantizedWeight, check_storage
 from .ops import PLAIN, check_quantize, group_args
 from .ops import call as _ops
@@ -108,17 +109,7 @@ def qlora_linear(
     Raises:
         TypeError, ValueError: an argument of a wrong type, dtype, shape or device; the message names it and what is accepted.
     """
-    x = _checked_input(x, weight)
-    seed, scaling, dropout_p = _seed(x, lora_A, dropout_p), float(scaling), float(dropout_p)
-    if type(x) in PLAIN and not torch.compiler.is_compiling():
-        whole = getattr(backends.pick(x.device), "qlora_linear_autograd", None)
-        y = whole and whole(x, *weight.op_args(), lora_A, lora_B, scaling, bias, dropout_p, seed)
-        if y is not None:
-            return y
-    if torch.is_grad_enabled():
-        return _QLoRALinear.apply(x, lora_A, lora_B, bias, seed, scaling, dropout_p, *weight.op_args())
-    y, _ = _ops.qlora_linear(_rows(x), *weight.op_args(), lora_A, lora_B, scaling, bias, dropout_p, seed)
-    return _like(x, y)
+    return linears(x, [(*_weight(weight).op_args(), lora_A, lora_B, scaling, bias, dropout_p, None)])[0]
 
 
 def qlora_linear_group(
@@ -158,29 +149,45 @@ def qlora_linear_group(
         lists[name] = [default] * n if value is None else value
         if len(lists[name]) != n:
             raise ValueError(f"{name} must have one entry for each of the {n} weights, got {len(lists[name])}")
-    layers = []
-    for qw, A, B, s, b, p in zip(weights, *lists.values(), strict=True):
-        x = _checked_input(x, qw)
-        layers.append((qw, A, B, float(s), b, float(p), _seed(x, A, p)))
-    tensors = [t for qw, A, B, _, b, _, seed in layers for t in (A, B, b, seed, *qw.op_args()[:5])]
-    meta = [(qw.shape, qw.quant_type, qw.blocksize, s, p) for qw, _, _, s, _, p, _ in layers]
-    return list(_QLoRALinearGroup.apply(x, meta, *tensors))
+    parts = zip(weights, *lists.values(), strict=True)
+    return linears(x, [(*_weight(qw).op_args(), *rest, None) for qw, *rest in parts])
 
 
-def _checked_input(x: Tensor, weight: QuantizedWeight) -> Tensor:
+def linears(x: Tensor, layers: Sequence[FlatLayer]) -> list[Tensor]:
+    """`qlora_linear_group` of layers in parts; a seed that is None is drawn where there is dropout."""
+    if type(x) in PLAIN and not torch.compiler.is_compiling():
+        at_once = getattr(backends.pick(x.device), "qlora_linear_autograd", None)
+        if at_once is not None and (ys := at_once(x, layers)) is not None:
+            return ys
+    ready = []
+    for *weight, A, B, scaling, bias, p, seed in layers:
+        x = _checked_input(x, weight[5])
+        if seed is None and A is not None and p:
+            seed = torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=x.device)
+        ready.append((*weight, A, B, float(scaling), bias, float(p), seed))
+    if torch.is_grad_enabled():
+        return list(_QLoRALinear.apply(x, *chain(*ready)))
+    return _outputs(x, ready)[0]
+
+
+def _checked_input(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     """x, in the autocast dtype under autocast."""
-    _weight(weight)
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
-    if x.dim() == 0 or len(weight.shape) != 2 or x.shape[-1] != weight.shape[1]:
-        raise ValueError(
-            f"x must have last dimension K={weight.shape[-1]} to match weight {list(weight.shape)}, got {list(x.shape)}"
-        )
+    if x.dim() == 0 or len(shape) != 2 or x.shape[-1] != shape[1]:
+        raise ValueError(f"x must have last dimension K={shape[-1]} to match weight {list(shape)}, got {list(x.shape)}")
     device_type = x.device.type
     autocast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)  # never on "meta"
     if autocast and x.dtype in WEIGHT_DTYPES:
         x = x.to(torch.get_autocast_dtype(device_type))
     return x
+
+
+def _outputs(x: Tensor, layers: Sequence[FlatLayer]) -> tuple[list[Tensor], list[Tensor]]:
+    """y and h of each layer."""
+    n, rows = len(layers), _rows(x)
+    out = _ops.qlora_linear(rows, *layers[0]) if n == 1 else _ops.qlora_linear_group(rows, *group_args(layers))
+    return [_like(x, y) for y in out[:n]], list(out[n:])
 
 
 def _rows(t: Tensor) -> Tensor:
@@ -193,91 +200,51 @@ def _like(x: Tensor, rows: Tensor) -> Tensor:
     return rows if x.dim() == 2 else torch.ops.aten._unsafe_view.default(rows, [*x.shape[:-1], rows.shape[1]])
 
 
-def _seed(x: Tensor, lora_A: Tensor | None, dropout_p: float) -> Tensor | None:
-    """A fresh seed for the dropout mask where there is one."""
-    if not dropout_p or lora_A is None:
-        return None
-    return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=x.device)
-
-
 def _weight(qw: QuantizedWeight) -> QuantizedWeight:
     if not isinstance(qw, QuantizedWeight):
         raise TypeError(f"weight must be a QuantizedWeight (see lora_kernels.quantize), got {type(qw).__name__}")
     return qw
 
 
+PARTS = 14
+"""What a `FlatLayer` consists of."""
+
+
 class _QLoRALinear(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        lora_A: Tensor | None,
-        lora_B: Tensor | None,
-        bias: Tensor | None,
-        seed: Tensor | None,
-        scaling: float,
-        dropout_p: float,
-        *weight: Any,
-    ) -> Tensor:
-        y, h = _ops.qlora_linear(_rows(x), *weight, lora_A, lora_B, scaling, bias, dropout_p, seed)
-        _, need_dA, need_dB, _ = ctx.needs_input_grad[:4]
-        ctx.save_for_backward(x if need_dA else None, h if need_dB else None, lora_A, lora_B, seed, *weight[:5])
-        ctx.weight_meta = weight[5:]
-        ctx.scaling, ctx.dropout_p = scaling, dropout_p
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        return _like(x, y)
+    """Takes x and the parts of each layer, one after another."""
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        x, h, lora_A, lora_B, seed, *weight = ctx.saved_tensors
-        needs = list(ctx.needs_input_grad[:4])
-        x = None if x is None else _rows(x)
-        lora = (lora_A, lora_B, ctx.scaling, ctx.dropout_p, seed)
-        grads = _ops.qlora_linear_backward(_rows(dy), x, h, *weight, *ctx.weight_meta, *lora, needs)
-        dx, dA, dB, dbias = (g if need else None for g, need in zip(grads, needs, strict=True))
-        dx = None if dx is None else _like(dy, dx)
-        if dbias is not None:
-            dbias = dbias.to(ctx.bias_dtype)
-        return dx, dA, dB, dbias, *[None] * 11
-
-
-class _QLoRALinearGroup(torch.autograd.Function):
-    """`tensors` are 9 for each layer: lora_A, lora_B, bias, seed, and the five of its weight."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, meta: list[tuple[Any, ...]], *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        layers = _group_layers(meta, tensors)
-        out = _ops.qlora_linear_group(_rows(x), *group_args(layers))
-        ys, hs = out[: len(meta)], out[len(meta) :]
-        needs = [ctx.needs_input_grad[2 + 9 * i : 5 + 9 * i] for i in range(len(meta))]
-        hs = [h if need[1] else None for h, need in zip(hs, needs, strict=True)]
-        ctx.save_for_backward(x if any(need[0] for need in needs) else None, *hs, *tensors)
-        ctx.meta, ctx.needs, ctx.K = meta, needs, x.shape[-1]
-        return tuple(_like(x, y) for y in ys)
+    def forward(ctx: Any, x: Tensor, *parts: Any) -> tuple[Tensor, ...]:
+        layers = [parts[i : i + PARTS] for i in range(0, len(parts), PARTS)]
+        ys, hs = _outputs(x, layers)
+        ctx.needs, ctx.meta, tensors = [], [], []
+        for i, (layer, h) in enumerate(zip(layers, hs, strict=True)):
+            *scales, shape, quant_type, blocksize, A, B, scaling, bias, dropout_p, seed = layer
+            need_dA, need_dB, _, need_dbias = ctx.needs_input_grad[1 + PARTS * i :][8:12]
+            ctx.needs.append((need_dA, need_dB, need_dbias))
+            ctx.meta.append((shape, quant_type, blocksize, scaling, dropout_p, None if bias is None else bias.dtype))
+            tensors += [h if need_dB else None, *scales, A, B, seed]
+        ctx.save_for_backward(x if any(need_dA for need_dA, _, _ in ctx.needs) else None, *tensors)
+        return tuple(ys)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *dys: Tensor) -> tuple[Any, ...]:
-        n = len(ctx.meta)
-        x, *rest = ctx.saved_tensors
-        hs, tensors = rest[:n], rest[n:]
-        layers = _group_layers(ctx.meta, tensors)
-        need_dx, needs = ctx.needs_input_grad[0], [flag for need in ctx.needs for flag in need]
-        x, rows = None if x is None else _rows(x), [_rows(dy) for dy in dys]
-        dx, *grads = _ops.qlora_linear_group_backward(rows, x, hs, ctx.K, *group_args(layers), need_dx, needs)
-        out: list[Tensor | None] = []
-        for i, need in enumerate(ctx.needs):
-            dA, dB, dbias = (grads[j * n + i] if need[j] else None for j in range(3))
-            out += [dA, dB, None if dbias is None else dbias.to(tensors[9 * i + 2].dtype), *[None] * 6]
-        return _like(dys[0], dx) if need_dx else None, None, *out
-
-
-def _group_layers(meta: list[tuple[Any, ...]], tensors: Sequence[Tensor | None]) -> list[Layer]:
-    layers = []
-    for i, (shape, quant_type, blocksize, scaling, dropout_p) in enumerate(meta):
-        A, B, bias, seed, packed, absmax, absmax2, code2, offset = tensors[9 * i : 9 * i + 9]
-        assert packed is not None and absmax is not None
-        qw = QuantizedWeight(packed, absmax, absmax2, code2, offset, shape, torch.float32, quant_type, blocksize)
-        layers.append((qw, A, B, scaling, bias, dropout_p, seed))
-    return layers
+        x, *tensors = ctx.saved_tensors
+        hs, layers = [], []
+        for i, (*meta, scaling, dropout_p, _) in enumerate(ctx.meta):
+            h, *scales, A, B, seed = tensors[9 * i : 9 * i + 9]
+            hs.append(h)
+            layers.append((*scales, *meta, A, B, scaling, None, dropout_p, seed))
+        x, rows, need_dx = None if x is None else _rows(x), [_rows(dy) for dy in dys], ctx.needs_input_grad[0]
+        if len(layers) == 1:
+            *layer, _, dropout_p, seed = layers[0]
+            out = _ops.qlora_linear_backward(*rows, x, *hs, *layer, dropout_p, seed, [need_dx, *ctx.needs[0]])
+        else:
+            needs, K = list(chain(*ctx.needs)), layers[0][5][1]
+            out = _ops.qlora_linear_group_backward(rows, x, hs, K, *group_args(layers), need_dx, needs)
+        grads: list[Tensor | None] = [_like(dys[0], out[0]) if need_dx else None]
+        for i, (need, (*_, bias_dtype)) in enumerate(zip(ctx.needs, ctx.meta, strict=True)):
+            dA, dB, dbias = (g if needed else None for g, needed in zip(out[1 + i :: len(layers)], need, strict=True))
+            grads += [*[None] * 8, dA, dB, None, None if dbias is None else dbias.to(bias_dtype), None, None]
+        return tuple(grads)

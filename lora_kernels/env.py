@@ -11,9 +11,11 @@ The variables by which torchrun and `accelerate launch` introduce the processes 
 `WORLD_SIZE`, `ACCELERATE_USE_*`) are read in `processes.py` and `cli.py`.
 """
 
+import functools
 import os
 
 
+@functools.cache
 def backend() -> str | None:
-    """The backend forced by `LORA_KERNELS_BACKEND`, or None."""
+    """The backend forced by `LORA_KERNELS_BACKEND`, or None; read once."""
     return os.environ.get("LORA_KERNELS_BACKEND") or None

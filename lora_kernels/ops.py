@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .backends import Layer
+from .backends import FlatLayer, Layer
 from .formats import BLOCKSIZE2, WEIGHT_DTYPES, QuantizedWeight, check_blocksize, check_quant_type, dtype_name
 
 _WEIGHT = (
@@ -377,13 +377,11 @@ _WEIGHTS = (
 _LORAS = "Tensor?[] lora_A, Tensor?[] lora_B, float[] scaling, Tensor?[] bias, float[] dropout_p, Tensor?[] seed"
 
 
-def group_args(layers: Sequence[Layer]) -> tuple[list[Any], ...]:
+def group_args(layers: Sequence[FlatLayer]) -> list[list[Any]]:
     """The list arguments by which the group ops take `layers`."""
-    rows = []
-    for qw, *rest in layers:
-        *tensors, shape, quant_type, blocksize = qw.op_args()
-        rows.append((*tensors, shape[0], quant_type, blocksize, *rest))
-    return tuple(map(list, zip(*rows, strict=True)))
+    lists = [list(part) for part in zip(*layers, strict=True)]
+    lists[5] = [N for N, _ in lists[5]]
+    return lists
 
 
 def _layers(K: int, args: Sequence[Sequence[Any]]) -> list[Layer]:

@@ -10,6 +10,7 @@ import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ from ..formats import QuantizedWeight
 
 Layer = tuple[QuantizedWeight, Tensor | None, Tensor | None, float, Tensor | None, float, Tensor | None]
 """What `qlora_linear` takes after x: weight, lora_A, lora_B, scaling, bias, dropout_p, seed."""
+FlatLayer = tuple[Any, ...]
+"""A `Layer` with the parts of its weight (`QuantizedWeight.op_args`) in place of the weight."""
 
 ORDER = {"cpu": ("native", "reference"), "cuda": ("triton", "native", "reference")}
 """Backends of each device type, best first; other devices have `reference` alone."""
@@ -27,6 +30,7 @@ NAMES = ("triton", "native", "reference")
 _forced: str | None = None
 
 
+@functools.cache
 def order(device: torch.device) -> tuple[str, ...]:
     return ORDER.get(device.type, ("reference",))
 
@@ -57,9 +61,10 @@ def pick(device: torch.device) -> ModuleType:
             raise RuntimeError(f"backend {name!r} is forced but can't run on {device}: {reason}")
         return load(name)
     for name in order(device):
-        if load(name).unavailable(device) is None:
+        backend = load(name)
+        if backend.unavailable(device) is None:
             break
-    return load(name)
+    return backend
 
 
 def choices(device: torch.device) -> list[tuple[str, str | None]]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..formats import DYNAMIC_MAP, QuantizedWeight
-from . import Layer
+from . import FlatLayer, Layer
 
 _BUILD = "pip install --no-build-isolation -e . (needs g++)"
 _BUILD_CUDA = "LORA_KERNELS_BUILD=cuda pip install --no-build-isolation -e . (needs g++ and nvcc)"
@@ -36,6 +36,7 @@ def _load() -> tuple[Any, str | None]:
     return extension, None
 
 
+@functools.cache
 def unavailable(device: torch.device) -> str | None:
     if device.type not in ("cpu", "cuda"):
         return f"the C++ extension has no code for {device.type} tensors, only for cpu and cuda"
@@ -85,8 +86,9 @@ def _extension() -> Any:
     return extension
 
 
-def _weight(qw: QuantizedWeight) -> tuple[Any, ...]:
-    return qw.codes(), qw.absmax, qw.absmax2, qw.code2, qw.offset, qw.shape, qw.quant_type, qw.blocksize
+def _flat(layers: Sequence[Layer]) -> list[tuple[Any, ...]]:
+    """Layers as the extension takes them: the parts of the weight, then the rest."""
+    return [(*qw.op_args(), *rest) for qw, *rest in layers]
 
 
 def quantize(
@@ -100,7 +102,7 @@ def decode_absmax(absmax: Tensor, absmax2: Tensor, code2: Tensor, offset: Tensor
 
 
 def dequantize(qw: QuantizedWeight, dtype: torch.dtype) -> Tensor:
-    return _extension().dequantize(*_weight(qw), dtype)
+    return _extension().dequantize(*qw.op_args(), dtype)
 
 
 def qlora_linear(
@@ -113,16 +115,17 @@ def qlora_linear(
     dropout_p: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    return _extension().qlora_linear(x, *_weight(qw), lora_A, lora_B, scaling, bias, dropout_p, seed)
+    (y,), (h,) = qlora_linear_group(x, [(qw, lora_A, lora_B, scaling, bias, dropout_p, seed)])
+    return y, h
 
 
-def qlora_linear_autograd(*args: Any) -> Tensor | None:
-    """y of `lora_kernels.autograd.qlora_linear` with its gradient, in C++ from end to end; takes x, the flat weight, then what
-    `qlora_linear` takes.  None where something watches the call (a dispatch mode, torch.func, a tensor subclass) or an argument
-    is not what the contract asks for.
+def qlora_linear_autograd(x: Tensor, layers: Sequence[FlatLayer]) -> list[Tensor] | None:
+    """y of each layer with its gradient, as `lora_kernels.autograd` defines it, in C++ from end to end; the seed of a dropout
+    mask is drawn where it is None.  None where something watches the call (a dispatch mode, torch.func, a tensor subclass) or
+    an argument is not what the contract asks for.
     """
     try:
-        return _extension().qlora_linear_autograd(*args)
+        return _extension().qlora_linear_autograd(x, layers)
     except TypeError:  # pybind11's, of an argument that is not even a tensor, number or string where it should be
         return None
 
@@ -139,20 +142,13 @@ def qlora_linear_backward(
     seed: Tensor | None,
     needs: tuple[bool, bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    return _backward(dy, x, h, (qw, lora_A, lora_B, scaling, None, dropout_p, seed), needs, None)
-
-
-def _backward(
-    dy: Tensor, x: Tensor | None, h: Tensor | None, layer: Layer, needs: tuple[bool, bool, bool, bool], dx: Tensor | None
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """`dx`, if given, is float32 and is added to."""
-    qw, lora_A, lora_B, scaling, _, dropout_p, seed = layer
-    return _extension().qlora_linear_backward(dy, x, h, *_weight(qw), lora_A, lora_B, scaling, dropout_p, seed, needs, dx)
+    layer = (qw, lora_A, lora_B, scaling, None, dropout_p, seed)
+    dx, (dA,), (dB,), (dbias,) = qlora_linear_group_backward([dy], x, [h], [layer], needs[0], [needs[1:]])
+    return dx, dA, dB, dbias
 
 
 def qlora_linear_group(x: Tensor, layers: Sequence[Layer]) -> tuple[list[Tensor], list[Tensor]]:
-    ys, hs = zip(*(qlora_linear(x, *layer) for layer in layers), strict=True)
-    return list(ys), list(hs)
+    return _extension().qlora_linear(x, _flat(layers))
 
 
 def qlora_linear_group_backward(
@@ -163,11 +159,4 @@ def qlora_linear_group_backward(
     need_dx: bool,
     needs: Sequence[tuple[bool, bool, bool]],
 ) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None], list[Tensor | None]]:
-    dx = None
-    if need_dx:  # the sum over the layers, rounded once at the end
-        dx = dys[0].new_zeros(dys[0].shape[0], layers[0][0].shape[1], dtype=torch.float32)
-    others = []
-    for dy, h, layer, need in zip(dys, hs, layers, needs, strict=True):
-        others.append(_backward(dy, x if need[0] else None, h, layer, (need_dx, *need), dx)[1:])
-    dAs, dBs, dbiases = map(list, zip(*others, strict=True))
-    return None if dx is None else dx.to(dys[0].dtype), dAs, dBs, dbiases
+    return _extension().qlora_linear_backward(dys, x, hs, _flat(layers), need_dx, needs)
