@@ -130,9 +130,16 @@ class PackedWeight {
   PackedWeight(const Tensor& packed, const Tensor& absmax, const OptionalTensor& absmax2, const OptionalTensor& code2,
                const OptionalTensor& offset, int64_t N, int64_t K, const std::string& quant_type, int64_t blocksize)
       : packed_(aligned(packed)), absmax_(aligned(absmax)) {
-    weight_ = {{static_cast<const uint8_t*>(packed_.const_data_ptr()), nullptr, nullptr, nullptr, nullptr, 0, N, K, blocksize,
-                quant_type_of(quant_type)},
-               nullptr};
+    weight_ = {static_cast<const uint8_t*>(packed_.const_data_ptr()),
+               nullptr,
+               nullptr,
+               nullptr,
+               nullptr,
+               nullptr,
+               N,
+               K,
+               blocksize,
+               quant_type_of(quant_type)};
     if (absmax2) {
       absmax2_ = aligned(*absmax2);
       code2_ = aligned(code2.value());
@@ -141,17 +148,16 @@ class PackedWeight {
       weight_.absmax2 = absmax2_.const_data_ptr<float>();
       weight_.code2 = code2_.const_data_ptr<float>();
       weight_.offset = offset_.const_data_ptr<float>();
-      if (!offset_.is_cuda()) weight_.lora_kernels::Weight::offset = *weight_.offset;
     } else {
       weight_.absmax = absmax_.const_data_ptr<float>();
     }
   }
-  const cuda::Weight& operator*() const { return weight_; }
-  const cuda::Weight* operator->() const { return &weight_; }
+  const Weight& operator*() const { return weight_; }
+  const Weight* operator->() const { return &weight_; }
 
  private:
   Tensor packed_, absmax_, absmax2_, code2_, offset_;
-  cuda::Weight weight_;
+  Weight weight_;
 };
 
 // Holds the tensors of a layer while an op reads them.
@@ -163,14 +169,13 @@ struct Operands {
         bias(aligned(l.bias)) {
     const bool dropout = A && l.dropout_p > 0;
     const int64_t* seed = dropout ? l.seed.value().const_data_ptr<int64_t>() : nullptr;
-    const uint64_t seed_on_cpu = dropout && !l.seed->is_cuda() ? static_cast<uint64_t>(*seed) : 0;
     const int64_t r = A ? A->size(0) : 0;
-    adapter = {{dense(A), dense(B), r, static_cast<float>(l.scaling), dropout ? l.dropout_p : 0.0, seed_on_cpu}, seed};
+    adapter = {dense(A), dense(B), r, static_cast<float>(l.scaling), dropout ? l.dropout_p : 0.0, seed};
   }
 
   PackedWeight weight;
   OptionalTensor A, B, bias;
-  cuda::Adapter adapter;
+  Adapter adapter;
 };
 
 using Quantized = std::tuple<Tensor, Tensor, OptionalTensor, OptionalTensor>;
@@ -238,7 +243,7 @@ bool by_library(const Tensor& x, int64_t M) { return x.is_cuda() && x.element_si
 
 // f(begin, end, rows [begin, end) of the weight) for all of it, `like` of the dtype and device.
 template <class F>
-void for_each_panel(const cuda::Context& context, const cuda::Weight& w, const Tensor& like, F&& f) {
+void for_each_panel(const cuda::Context& context, const Weight& w, const Tensor& like, F&& f) {
   const c10::NoGradGuard no_grad;
   const int64_t fitting = PANEL_BYTES / (w.K * like.element_size());
   const int64_t rows = std::max<int64_t>(32, fitting / 32 * 32);  // cuda::dequantize begins at multiples of 32 elements

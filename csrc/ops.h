@@ -23,12 +23,12 @@ struct Dense {
 struct Weight {
   const uint8_t* packed;     // [ceil(numel / 2)]
   const float* absmax;       // [n_blocks], or null when double-quantized
-  const uint8_t* absmax_u8;  // [n_blocks] indices into code2, or null
+  const uint8_t* absmax_u8;  // [n_blocks] indices into code2, or null, as all that follows
   const float* absmax2;      // [ceil(n_blocks / 256)]
   const float* code2;        // [256]
-  float offset;
-  int64_t N, K;       // for the linear ops; elsewhere N = 1 and K = numel
-  int64_t blocksize;  // a power of two, 32 to 4096
+  const float* offset;       // [1]
+  int64_t N, K;              // for the linear ops; elsewhere N = 1 and K = numel
+  int64_t blocksize;         // a power of two, 32 to 4096
   QuantType quant_type;
 
   int64_t numel() const { return N * K; }
@@ -41,7 +41,7 @@ struct Adapter {
   int64_t r;  // 0 without adapter
   float scaling;
   double dropout_p;
-  uint64_t seed;
+  const int64_t* seed;  // [1], null without dropout
 };
 
 namespace cpu {
@@ -99,14 +99,6 @@ struct Context {
   int32_t* counters;                              // [COUNTERS] zeros, of this stream alone; every op leaves zeros
 };
 inline constexpr int COUNTERS = 16384;
-
-// A number that the op would have to wait for stays on the device.
-struct Weight : lora_kernels::Weight {
-  const float* offset;  // [1]
-};
-struct Adapter : lora_kernels::Adapter {
-  const int64_t* seed;  // [1], null without dropout
-};
 
 // Why the runtime finds no device, or an empty string.
 std::string problem();

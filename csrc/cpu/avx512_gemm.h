@@ -144,20 +144,5 @@ struct DotsF32 {
   }
 };
 
-constexpr Gemm GEMM_F32 = {1,
-                           MathF32::WIDTH,
-                           convert_f32<MathF32>,
-                           transpose_wide<uint32_t>,
-                           interleave_wide,
-                           tile<MathF32>,
-                           rank_tile<MathF32>,
-                           scale_store<MathF32>,
-                           rank_dots<MathF32, float, convert_f32<MathF32>>,
-                           MathF32::DOTS,
-                           DotsF32<F32>::STEP,
-                           split<DotsF32<F32>>,
-                           nullptr,
-                           nullptr};
-
 }  // namespace
 }  // namespace lora_kernels::cpu

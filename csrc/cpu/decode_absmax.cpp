@@ -8,7 +8,7 @@ namespace lora_kernels::cpu {
 void decode_absmax(const Weight& w, float* out) {
   const auto decode = kernels().decode_absmax;
   parallel(ceil_div(w.n_blocks(), 256), 64, [&](int64_t g0, int64_t g1) {
-    decode(w.absmax_u8, w.absmax2, w.code2, w.offset, 256 * g0, std::min(w.n_blocks(), 256 * g1), out + 256 * g0);
+    decode(w.absmax_u8, w.absmax2, w.code2, *w.offset, 256 * g0, std::min(w.n_blocks(), 256 * g1), out + 256 * g0);
   });
 }
 

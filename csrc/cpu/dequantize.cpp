@@ -25,7 +25,7 @@ void dequantize(const Weight& w, DType dtype, void* out) {
       const float* absmax = w.absmax ? w.absmax + b0 : nullptr;
       if (!absmax) {
         float* decoded = scratch.get<float>(b1 - b0);
-        k.decode_absmax(w.absmax_u8, w.absmax2, w.code2, w.offset, b0, b1, decoded);
+        k.decode_absmax(w.absmax_u8, w.absmax2, w.code2, *w.offset, b0, b1, decoded);
         absmax = decoded;
       }
       decode(w.packed + begin / 2, codebook, absmax, shift, 0, end - begin, static_cast<char*>(out) + begin * size);

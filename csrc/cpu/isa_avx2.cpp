@@ -253,26 +253,11 @@ struct DotsF32 {
   }
 };
 
-constexpr Gemm GEMM_F32 = {1,
-                           MathF32::WIDTH,
-                           convert_f32<MathF32>,
-                           transpose_8x8,
-                           interleave_f32,
-                           tile<MathF32>,
-                           rank_tile<MathF32>,
-                           scale_store<MathF32>,
-                           rank_dots<MathF32, float, convert_f32<MathF32>>,
-                           MathF32::DOTS,
-                           DotsF32<F32>::STEP,
-                           split<DotsF32<F32>>,
-                           nullptr,
-                           nullptr};
-
 }  // namespace
 }  // namespace lora_kernels::cpu
 
 #include "kernels_impl.h"
 
 namespace lora_kernels::cpu {
-const Kernels avx2_kernels = make_kernels("avx2", GEMM_F32, Gemm{}, dots<DotsF32<BF16>>);
+const Kernels avx2_kernels = make_kernels("avx2", make_gemm_f32(transpose_8x8, interleave_f32), Gemm{}, dots<DotsF32<BF16>>);
 }

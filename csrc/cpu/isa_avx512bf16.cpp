@@ -3,5 +3,6 @@
 #include "avx512bf16_gemm.h"
 
 namespace lora_kernels::cpu {
-const Kernels avx512bf16_kernels = make_kernels("avx512bf16", GEMM_F32, GEMM_BF16, dots<DotsBF16>);
+const Kernels avx512bf16_kernels =
+    make_kernels("avx512bf16", make_gemm_f32(transpose_wide<uint32_t>, interleave_wide), GEMM_BF16, dots<DotsBF16>);
 }

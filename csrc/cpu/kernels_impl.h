@@ -105,6 +105,24 @@ void drop_f32(const float* value, uint64_t seed, uint64_t threshold, int64_t e0,
   }
 }
 
+// The float32 product of a level, which has its own ways to pack it.
+constexpr Gemm make_gemm_f32(decltype(Gemm::transpose) transpose, decltype(Gemm::interleave) interleave) {
+  return {1,
+          MathF32::WIDTH,
+          convert_f32<MathF32>,
+          transpose,
+          interleave,
+          tile<MathF32>,
+          rank_tile<MathF32>,
+          scale_store<MathF32>,
+          rank_dots<MathF32, float, convert_f32<MathF32>>,
+          MathF32::DOTS,
+          DotsF32<F32>::STEP,
+          split<DotsF32<F32>>,
+          nullptr,
+          nullptr};
+}
+
 constexpr Kernels make_kernels(const char* name, const Gemm& f32, const Gemm& bf16,
                                void (*dots_bf16)(const Dots&, int64_t, int64_t)) {
   return Kernels{name,

@@ -46,7 +46,7 @@ class Dropout {
  public:
   Dropout(const Adapter& adapter, int64_t K)
       : K_(K),
-        seed_(adapter.seed),
+        seed_(adapter.seed ? static_cast<uint64_t>(*adapter.seed) : 0),
         threshold_(static_cast<uint64_t>(std::nearbyint(adapter.dropout_p * 4294967296.0))),
         active_(adapter.dropout_p > 0),
         scale_(1.0f / static_cast<float>(1 - adapter.dropout_p)) {}

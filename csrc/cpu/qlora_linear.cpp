@@ -82,7 +82,7 @@ struct LayerOperand {
   void prepare(int64_t unit) const {
     if (unit < absmax_units()) {
       const int64_t begin = unit * ABSMAX_UNIT, end = std::min(w.n_blocks(), begin + ABSMAX_UNIT);
-      return kernels().decode_absmax(w.absmax_u8, w.absmax2, w.code2, w.offset, begin, end, absmax + begin);
+      return kernels().decode_absmax(w.absmax_u8, w.absmax2, w.code2, *w.offset, begin, end, absmax + begin);
     }
     unit -= absmax_units();
     const int64_t q = unit / factor_units() * GROUP, d0 = unit % factor_units() * FACTOR_UNIT;

@@ -79,7 +79,7 @@ class Part {
       const float* absmax = w_.absmax ? w_.absmax + b0 : nullptr;
       if (!absmax) {
         float* decoded = absmax_scratch.get<float>(b1 - b0);
-        k.decode_absmax(w_.absmax_u8, w_.absmax2, w_.code2, w_.offset, b0, b1, decoded);
+        k.decode_absmax(w_.absmax_u8, w_.absmax2, w_.code2, *w_.offset, b0, b1, decoded);
         absmax = decoded;
       }
       const float* B = static_cast<const float*>(factor.at(n0, 0));

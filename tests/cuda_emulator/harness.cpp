@@ -59,8 +59,8 @@ class Call {
   Dense dense(const void* p, int dtype, int64_t n) {
     return {in(p, n * itemsize(static_cast<DType>(dtype))), static_cast<DType>(dtype)};
   }
-  cuda::Weight weight(const WeightArguments& a) {
-    cuda::Weight w;
+  Weight weight(const WeightArguments& a) {
+    Weight w;
     w.N = a.N, w.K = a.K, w.blocksize = a.blocksize, w.quant_type = a.nf4 ? QuantType::nf4 : QuantType::fp4;
     w.packed = in<uint8_t>(a.packed, (w.numel() + 1) / 2);
     w.absmax = in<float>(a.absmax, w.n_blocks());
@@ -70,8 +70,8 @@ class Call {
     w.offset = in<float>(a.offset, 1);
     return w;
   }
-  cuda::Adapter adapter(const AdapterArguments& a, int64_t N, int64_t K) {
-    cuda::Adapter adapter;
+  Adapter adapter(const AdapterArguments& a, int64_t N, int64_t K) {
+    Adapter adapter;
     adapter.A = dense(a.A, a.A_dtype, a.r * K), adapter.B = dense(a.B, a.B_dtype, a.r * N);
     adapter.r = a.r, adapter.scaling = a.scaling, adapter.dropout_p = a.dropout_p;
     adapter.seed = in<int64_t>(a.seed, 1);
@@ -147,7 +147,7 @@ bool emulate_quantize_absmax(const void* absmax, int64_t n_blocks, const void* o
 
 bool emulate_decode_absmax(const WeightArguments* weight, void* out) {
   return run([&](Call& c) {
-    const cuda::Weight w = c.weight(*weight);
+    const Weight w = c.weight(*weight);
     cuda::decode_absmax(c.context(), w, c.out<float>(out, w.n_blocks()));
   });
 }
@@ -175,7 +175,7 @@ bool emulate_qlora_linear_backward(int dtype, int64_t M, const void* dy, const v
   return run([&](Call& c) {
     const DType t = static_cast<DType>(dtype);
     const int64_t size = itemsize(t), N = weight->N, K = weight->K, r = adapter->r;
-    const cuda::Adapter a = c.adapter(*adapter, N, K);
+    const Adapter a = c.adapter(*adapter, N, K);
     cuda::qlora_linear_backward(
         c.context(), t, M, c.in(dy, M * N * size), c.in(x, M * K * size), c.in(h, M * r * size), c.weight(*weight), a,
         accumulate_dx, c.out(dx, M * K * (accumulate_dx ? 4 : size), accumulate_dx), c.out(dA, r * K * itemsize(a.A.dtype)),
