@@ -35,7 +35,7 @@ warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 app = typer.Typer(help="Benchmarks of lora_kernels, side by side with what one would use instead.", no_args_is_help=True)
 
 SUITES = ("train_step", "decode", "train_layer", "forward", "dequantize", "quantize", "decode_absmax", "memory")
-"""Those of `all`.  Models come first: later the allocator is told to keep what is freed."""
+"""Those of `all`."""
 GPU_ORDER = ("dequantize", "train_layer", "forward", "train_step", "memory", "quantize", "decode_absmax", "decode")
 """On a GPU, where the time may be up before all is measured: what tells most first."""
 GRID = "grid"
@@ -147,7 +147,7 @@ def run(
         json, plot = json or folder, plot or folder
     results: list[dict[str, Any]] = []
     for suite in suites:
-        env["freed_memory_kept"] = on_cpu and suite not in MODEL_SUITES and keep_freed_memory()  # models run as users run them
+        env["freed_memory_kept"] = on_cpu and keep_freed_memory()
         file, picture = (target(p, suite, s, len(suites) > 1) for p, s in ((json, ".json"), (plot, ".png")))
         if suite == "memory":
             if not any(only in bench_layer.label(case) for case in cases.memory(where, quick)):
