@@ -130,8 +130,6 @@ def run(
     on_cpu = where.type == "cpu"
     if "all" in suites:
         suites = list(SUITES if on_cpu else GPU_ORDER)
-    if on_cpu:
-        suites.sort(key=lambda suite: suite not in MODEL_SUITES)
     if threads:
         torch.set_num_threads(threads)
     length = length or (256 if on_cpu else 1024)
