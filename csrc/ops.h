@@ -32,6 +32,11 @@ struct Weight {
   QuantType quant_type;
 
   int64_t numel() const { return N * K; }
+  int shift() const {  // a block is 1 << shift elements
+    int s = 0;
+    while ((int64_t{1} << s) < blocksize) s++;
+    return s;
+  }
   int64_t n_blocks() const { return (numel() + blocksize - 1) / blocksize; }
 };
 

@@ -14,8 +14,7 @@ void dequantize(const Weight& w, DType dtype, void* out) {
   const auto decode = dtype == DType::f32 ? k.decode_f32 : dtype == DType::f16 ? k.decode_f16 : k.decode_bf16;
   const float* codebook = w.quant_type == QuantType::nf4 ? NF4 : FP4;
   const int64_t numel = w.numel(), size = itemsize(dtype);
-  int shift = 0;
-  while ((int64_t{1} << shift) < w.blocksize) shift++;
+  const int shift = w.shift();
 
   with_team(ceil_div(numel, UNIT), [&](Team& team) {
     static thread_local Scratch scratch;

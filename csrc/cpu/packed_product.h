@@ -165,9 +165,9 @@ class WeightPanels : public Right {
         absmax_(absmax),
         product_(product),
         codebook_(w.quant_type == QuantType::nf4 ? NF4 : FP4),
+        shift_(w.shift()),
         transposed_(transposed),
         direct_(product.gemm.decode_rows && w.K % 32 == 0) {
-    while ((int64_t{1} << shift_) < w.blocksize) shift_++;
     const Kernels& k = kernels();
     decode_ = dtype == DType::f32     ? k.decode_f32
               : dtype == DType::f16   ? k.decode_f16_as_f32
@@ -226,8 +226,8 @@ class WeightPanels : public Right {
   const float* absmax_;
   const Product& product_;
   const float* codebook_;
+  const int shift_;
   bool transposed_, direct_;
-  int shift_ = 0;
   void (*decode_)(const uint8_t*, const float*, const float*, int, int64_t, int64_t, void*);
 };
 

@@ -32,8 +32,8 @@ class Part {
         rank_(ceil_div(layer.adapter.r, GROUP) * GROUP),
         chunk_(std::clamp<int64_t>(CHUNK_VALUES / w_.K / 8 * 8, 8, CHUNK_ROWS)),
         product_(product),
-        dropout_(layer.adapter, w_.K) {
-    while ((int64_t{1} << shift_) < w_.blocksize) shift_++;
+        dropout_(layer.adapter, w_.K),
+        shift_(w_.shift()) {
     const Kernels& k = kernels();
     dots_ = dtype == DType::f32 ? k.dots_f32 : dtype == DType::f16 ? k.dots_f16 : k.dots_bf16;
   }
@@ -58,12 +58,6 @@ class Part {
       }
       for (int64_t q = q1; q < end; q++) h[m * rank_ + q] = 0;
     }
-  }
-
-  // What rows [n0, n1) of the output read first.
-  void fetch_first(int64_t n0, int64_t n1) const {
-    fetch_factors(n0, std::min(n1, n0 + chunk_));
-    fetch(w_.packed + n0 * w_.K / 2, std::min<int64_t>(FIRST, (n1 - n0) * w_.K / 2));
   }
 
   // Rows [n0, end) of the output; x split, h scaled.
@@ -100,8 +94,6 @@ class Part {
   }
 
  private:
-  static constexpr int64_t FIRST = 16 << 10;
-
   // The scales and the rows of B that belong to rows [n0, n1).
   void fetch_factors(int64_t n0, int64_t n1) const {
     if (n0 >= n1) return;
@@ -118,7 +110,7 @@ class Part {
   const int64_t rank_, chunk_;
   const Product& product_;
   const Dropout dropout_;
-  int shift_ = 0;
+  const int shift_;
   void (*dots_)(const Dots&, int64_t, int64_t);
 };
 
@@ -173,14 +165,6 @@ void qlora_linear_dots(DType dtype, int64_t M, const void* x, const std::vector<
     // All rows of all layers are one line that is cut in pieces: one a thread where the call is too short for more.
     const int64_t pieces = rows * K < SHORT_CALL ? team.threads : 4 * team.threads;
     const int64_t piece = ceil_div(ceil_div(rows, pieces), 8) * 8;
-    auto each_stretch = [&](int64_t i, const auto& f) {
-      int64_t begin = 0;
-      each_part([&](const Part& part, const char*, const float* h) {
-        const int64_t n0 = std::max(i * piece - begin, int64_t{0}), n1 = std::min((i + 1) * piece - begin, part.rows());
-        if (n0 < n1) f(part, h, n0, n1);
-        begin += part.rows();
-      });
-    };
     team.share(rank_units + M, [&](int64_t i) {
       if (i >= rank_units)
         return g.split(x_rows + (i - rank_units) * row_bytes, K, split + (i - rank_units) * step_bytes, M * g.step);
@@ -189,12 +173,13 @@ void qlora_linear_dots(DType dtype, int64_t M, const void* x, const std::vector<
         i -= part.rank_units();
       });
     });
-    // its first piece is on the way to a thread while the thread waits for the others
-    each_stretch(team.thread, [](const Part& part, const float*, int64_t n0, int64_t n1) { part.fetch_first(n0, n1); });
     team.sync();
     team.share(ceil_div(rows, piece), [&](int64_t i) {
-      each_stretch(i, [&](const Part& part, const float* h, int64_t n0, int64_t n1) {
-        part.output_rows(split, h, n0, n1, absmax_scratch, B_scratch);
+      int64_t begin = 0;
+      each_part([&](const Part& part, const char*, const float* h) {
+        const int64_t n0 = std::max(i * piece - begin, int64_t{0}), n1 = std::min((i + 1) * piece - begin, part.rows());
+        if (n0 < n1) part.output_rows(split, h, n0, n1, absmax_scratch, B_scratch);
+        begin += part.rows();
       });
     });
   });

@@ -15,12 +15,6 @@ struct Codebook {
   }
 };
 
-inline int log2_of(int64_t power_of_two) {
-  int shift = 0;
-  while ((int64_t{1} << shift) < power_of_two) shift++;
-  return shift;
-}
-
 // The scales of a weight's blocks, as a kernel argument.
 struct Scales {
   const float* absmax;  // null when double-quantized

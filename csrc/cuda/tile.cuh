@@ -187,7 +187,7 @@ struct PackedMatrix {
         codebook(w.quant_type),
         rows(w.N),
         columns(w.K),
-        shift(log2_of(w.blocksize)),
+        shift(w.shift()),
         aligned(w.K % 32 == 0 && reinterpret_cast<uintptr_t>(w.packed) % 16 == 0) {}
 };
 
