@@ -114,7 +114,9 @@ class Base:
     # ---- contenders
 
     def ours(self) -> nn.Module:
+        """As `lora-kernels finetune` and `generate` build it."""
         net = lk.apply_qlora(copy.deepcopy(self.net), r=R, lora_alpha=ALPHA)
+        lk.group_projections(net)
         self._start(net)
         return net
 

@@ -213,8 +213,10 @@ def generate(
     from transformers import TextStreamer
 
     from .integrations.transformers import answer
+    from .model import group_projections
 
     loaded, tokenizer, _ = _load(model, adapter)
+    group_projections(loaded)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     answer(loaded, tokenizer, prompt, max_new_tokens, temperature, streamer)
 

@@ -381,8 +381,7 @@ def _quantize(model: nn.Module, settings: Settings) -> None:
     targets = "all-linear" if settings.target_modules == ("all-linear",) else settings.target_modules
     quant = {"quant_type": settings.quant_type, "blocksize": settings.blocksize, "double_quant": settings.double_quant}
     add_adapters(model, settings.adapter, targets, **quant)
-    if settings.torch_device.type != "cpu":  # where the layers of a group are computed one by one, and cost 4 % more
-        group_projections(model)
+    group_projections(model)
 
 
 def _trainer(

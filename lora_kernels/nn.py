@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,12 +22,17 @@ _SCALES = ("absmax", "absmax2", "code2", "offset")
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """One adapter of a layer, in PEFT's terms.  Raises ValueError if a value is out of range."""
+    """One adapter of a layer, in PEFT's terms.  Raises ValueError if a value is out of range.
+
+    Attributes:
+        scaling: `lora_alpha / r`, or `lora_alpha / sqrt(r)` for rsLoRA (Kalajdzievski 2023, equation 4).
+    """
 
     r: int
     lora_alpha: float
     lora_dropout: float = 0.0
     use_rslora: bool = False
+    scaling: float = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1:
@@ -36,11 +41,7 @@ class AdapterConfig:
             raise ValueError(f"lora_alpha must be a finite number, got {self.lora_alpha!r}")
         if not isinstance(self.lora_dropout, (int, float)) or not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout must be in [0, 1), got {self.lora_dropout!r}")
-
-    @property
-    def scaling(self) -> float:
-        """`lora_alpha / r`, or `lora_alpha / sqrt(r)` for rsLoRA (Kalajdzievski 2023, equation 4)."""
-        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+        object.__setattr__(self, "scaling", self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r))
 
 
 def check_compute_dtype(dtype: torch.dtype | None, name: str = "compute_dtype") -> None:
@@ -493,7 +494,8 @@ class FusedQLoRALinear(PackedWeight, nn.Module):
         destination.update({k: v if keep_vars else v.detach() for k, v in saved.items()})
 
 
-_NOTHING: Any = ((None,), {})
+_Waiting = tuple[Tensor | None, int | None, bool, dict[FusedQLoRALinear, Tensor]]
+_NOTHING: _Waiting = (None, None, False, {})
 
 
 class InputGroup:
@@ -513,23 +515,29 @@ class InputGroup:
         if len(layers) < 2 or len(kinds) != 1:
             raise ValueError(f"layers must be two or more of one in_features, device and compute_dtype, got {list(layers)}")
         self.layers = tuple(layers)
-        self._waiting: tuple[tuple[Any, ...], dict[FusedQLoRALinear, Tensor]] = _NOTHING
+        self._waiting = _NOTHING  # x, its version, whether gradients are recorded, and the results
         for layer in layers:
             layer._group = self
 
     def compute(self, layer: FusedQLoRALinear, x: Tensor) -> Tensor:
-        call = x, torch.compiler.is_compiling() or x.is_inference() or x._version, torch.is_grad_enabled()
-        of, ys = self._waiting  # read at once: another thread may put its own there
-        y = ys.pop(layer, None) if of[0] is x and of[1:] == call[1:] else None
+        of, version, with_grad, ys = self._waiting  # read at once: another thread may put its own there
+        y = None
+        if of is x and with_grad is torch.is_grad_enabled() and version == _version(x):
+            y = ys.pop(layer, None)
         if y is None:
             layers = self.layers if layer in self.layers else (layer,)  # a replica of a layer computes alone
             results = linears(_cast(x, layer.compute_dtype), [one._parts() for one in layers])
             ys = dict(zip(layers, results, strict=True))
             y = ys.pop(layer)
-            self._waiting = call, ys
+            self._waiting = x, _version(x), torch.is_grad_enabled(), ys
         if not ys:
             self._waiting = _NOTHING
         return y
 
     def __getstate__(self) -> dict[str, Any]:
         return {"layers": self.layers, "_waiting": _NOTHING}
+
+
+def _version(x: Tensor) -> int | None:
+    """How often x was written to, where that is counted."""
+    return None if torch.compiler.is_compiling() or x.is_inference() else x._version
