@@ -5,9 +5,11 @@
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/GradMode.h>
 #include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 #include <torch/version.h>
 
+#include <algorithm>
 #include <array>
 #include <map>
 #include <mutex>
@@ -21,22 +23,66 @@
 #include "cpu/kernels.h"
 #include "ops.h"
 
-// A tuple of its parts.
+// A tuple of its parts, unpacked by hand: pybind11's casters take longer than the product of a small layer with one row.
 template <>
 struct pybind11::detail::type_caster<lora_kernels::Layer> {
-  using OptionalTensor = lora_kernels::OptionalTensor;
-  using Parts =
-      std::tuple<at::Tensor, at::Tensor, OptionalTensor, OptionalTensor, OptionalTensor, std::array<int64_t, 2>, std::string,
-                 int64_t, OptionalTensor, OptionalTensor, double, OptionalTensor, double, OptionalTensor>;
-  PYBIND11_TYPE_CASTER(lora_kernels::Layer, make_caster<Parts>::name);
+  PYBIND11_TYPE_CASTER(lora_kernels::Layer, const_name("tuple"));
 
-  bool load(handle source, bool convert) {
-    make_caster<Parts> parts;
-    if (!parts.load(source, convert)) return false;
-    value =
-        std::apply([](auto&&... part) { return lora_kernels::Layer{std::move(part)...}; }, cast_op<Parts>(std::move(parts)));
+  bool load(handle source, bool) {
+    auto& l = value;
+    if (!PyTuple_Check(source.ptr())) return false;
+    fetch(source.ptr());
+    const bool loaded = read(source.ptr(), l.packed, l.absmax, l.absmax2, l.code2, l.offset, l.shape, l.quant_type, l.blocksize,
+                             l.lora_A, l.lora_B, l.scaling, l.bias, l.dropout_p, l.seed);
+    if (!loaded) PyErr_Clear();
+    return loaded;
+  }
+
+ private:
+  // The items of a tuple; false, perhaps with a Python error, if there is another number of them or one is not of its type.
+  template <class... Parts>
+  static bool read(PyObject* tuple, Parts&... parts) {
+    if (PyTuple_GET_SIZE(tuple) != sizeof...(parts)) return false;
+    Py_ssize_t i = 0;
+    return (read_one(PyTuple_GET_ITEM(tuple, i++), parts) && ...);
+  }
+  static bool read_one(PyObject* item, at::Tensor& t) {
+    if (!THPVariable_Check(item)) return false;
+    t = THPVariable_Unpack(item);
     return true;
   }
+  static bool read_one(PyObject* item, lora_kernels::OptionalTensor& t) {
+    return item == Py_None || read_one(item, t.emplace());
+  }
+  static bool read_one(PyObject* item, int64_t& n) { return (n = PyLong_AsLongLong(item)) != -1 || !PyErr_Occurred(); }
+  static bool read_one(PyObject* item, double& v) { return (v = PyFloat_AsDouble(item)) != -1 || !PyErr_Occurred(); }
+  static bool read_one(PyObject* item, std::string& s) {
+    const char* text = PyUnicode_Check(item) ? PyUnicode_AsUTF8(item) : nullptr;
+    if (text) s = text;
+    return text;
+  }
+  static bool read_one(PyObject* item, std::array<int64_t, 2>& shape) {
+    return PyTuple_Check(item) && read(item, shape[0], shape[1]);
+  }
+
+  // A layer was last used a whole model ago.  What describes its tensors, and then where their data begin, is fetched side by
+  // side: in the order in which they are used, each would be a miss to wait for.
+  static void fetch(PyObject* tuple) {
+    const auto each = [&](const auto& f) {
+      for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(tuple); i++)
+        if (PyObject* item = PyTuple_GET_ITEM(tuple, i); THPVariable_CheckExact(item))
+          f(*THPVariable_Unpack(item).unsafeGetTensorImpl());
+    };
+    each([](const at::TensorImpl& t) { fetch(&t, sizeof t); });
+    each([](const at::TensorImpl& t) { fetch(t.unsafe_storage().unsafeGetStorageImpl(), sizeof(at::StorageImpl)); });
+    each([](const at::TensorImpl& t) {
+      if (t.has_storage() && t.is_cpu()) fetch(t.unsafe_storage().data(), std::min(t.unsafe_storage().nbytes(), FETCHED));
+    });
+  }
+  static void fetch(const void* p, size_t bytes) {
+    for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(p) + i);
+  }
+  static constexpr size_t FETCHED = 16 << 10;
 };
 
 namespace lora_kernels {
@@ -362,7 +408,7 @@ Tensor codebook(const std::string& quant_type) {
 }
 
 std::vector<std::string> cpu_levels() {
-  const cpu::Kernels* levels[4];
+  const cpu::Kernels* levels[cpu::MAX_LEVELS];
   const int n = cpu::supported_levels(levels);
   std::vector<std::string> names;
   for (int i = 0; i < n; i++) names.emplace_back(levels[i]->name);

@@ -3,7 +3,7 @@
 | variable | default | meaning |
 | --- | --- | --- |
 | `LORA_KERNELS_BACKEND` | unset | force one backend (`triton`, `native`, `reference`); a call it can't run raises |
-| `LORA_KERNELS_CPU_ISA` | best the CPU has | native CPU level: `portable`, `avx2`, `avx512`, `avx512bf16` (read in csrc) |
+| `LORA_KERNELS_CPU_ISA` | best the CPU has | native level: `portable`, `avx2`, `avx512`, `avx512bf16`, `amx` (read in csrc) |
 | `LORA_KERNELS_BUILD` | `auto` | what `setup.py` compiles: `auto`, `cpu`, `cuda`, `none` (read in setup.py) |
 | `LORA_KERNELS_CUDA_ARCHS` | `75 80 90 100 120` | compute capabilities that csrc/cuda is compiled for (read in setup.py) |
 

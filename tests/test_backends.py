@@ -153,7 +153,7 @@ print(json.dumps(done))
 """
 
 
-@pytest.mark.parametrize("level", ["portable", "avx2", "avx512", "avx512bf16"])
+@pytest.mark.parametrize("level", ["portable", "avx2", "avx512", "avx512bf16", "amx"])
 def test_native_levels(level, seed):
     """Every instruction set that this CPU has computes the same, in an interpreter of its own."""
     if reason := backends.load("native").unavailable(CPU):

@@ -39,9 +39,9 @@ def digest(tensors: testing.Results) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-# Either side of each boundary: rows of x (tiles of 6, few rows go to the dot kernels), columns (panels of 64, groups of 16),
-# K (straight decoding needs multiples of 32, dot kernels of 64), blocks (of 32, within a row, over several rows), rank
-# (groups of 16, pairs), contraction blocks (64 float32 steps, 2560 steps).
+# Either side of each boundary: rows of x (tiles of 6, on level amx of 16 to 64; few rows go to the dot kernels), columns
+# (panels of 64, groups of 16), K (straight decoding needs multiples of 32, dot kernels of 64), blocks (of 32, within a row,
+# over several rows), rank (groups of 16, pairs), contraction blocks (64 float32 steps, 2560 steps).
 BOUNDARIES = [
     Case(1, 64, 64),
     Case(1, 65, 640, r=17, bias=True, blocksize=4096),
@@ -56,6 +56,7 @@ BOUNDARIES = [
     Case(16, 64, 96, r=3, blocksize=256, double_quant=False),
     Case(17, 63, 100, r=17, blocksize=4096, bias=True, dropout=0.1),
     Case(129, 65, 576, r=16, blocksize=32, bias=True),
+    Case(80, 65, 577, r=33, blocksize=128, dropout=0.2),
     Case(64, 33, 33, r=5, blocksize=2048),
     Case(20, 5184, 64, r=2),
     Case(20, 32, 5184, r=2, dropout=0.2),
@@ -158,6 +159,11 @@ def _level_results() -> Iterator[tuple[str, testing.Results]]:
         yield f"quantize {case.quant_type} {case.blocksize} {dtype}", {"packed": qw.packed, "absmax": qw.absmax, "W": W}
     scales = torch.randint(256, (70001,), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     absmax2 = torch.rand(274, generator=torch.Generator().manual_seed(1))
+    with torch.backends.mkldnn.flags(enabled=False):  # level amx then has to do without
+        inputs = testing.make_inputs(Case(40, 260, 2112, r=16, bias=True, dropout=0.3))
+        out = results(inputs)
+        testing.assert_close_to_oracle(out, inputs)
+        yield "without oneDNN", out
     yield "decode_absmax", {"absmax": native.decode_absmax(scales, absmax2, DYNAMIC_MAP, torch.tensor(0.1))}
 
 
@@ -197,6 +203,14 @@ def test_level_is_right_and_threads_do_not_change_a_bit(level: str):
     assert [(run["level"], run["threads"]) for run in runs] == [(level, 1), (level, 2)]
     one, two = (run["digests"] for run in runs)
     assert [name for name in one if one[name] != two[name]] == [], "2 threads gave other bits than 1"
+
+
+def test_amx_is_the_best_level_where_the_cpu_has_it():
+    levels = native._extension().cpu_levels()
+    if "amx" not in levels:
+        pytest.skip(f"this CPU has {', '.join(levels)}")
+    assert (levels[0] == "amx") == (torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx())
+    assert set(levels[:2]) == {"amx", "avx512bf16"}
 
 
 def _memory(field: str) -> int:

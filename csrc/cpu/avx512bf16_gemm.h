@@ -148,15 +148,18 @@ struct DotsBF16 {
   template <bool HALF>
   static __m512bh decode(const uint8_t* p, Table t, int way) {
     const __m512i v = HALF ? _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)p)) : _mm512_loadu_si512(p);
-    const __m512i codes = way == 0 ? _mm512_srli_epi16(v, 4) : way == 1 ? v : _mm512_srli_epi16(v, way == 2 ? 12 : 8);
-    const __m512i block = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1);
-    const __m512i index = _mm512_ternarylogic_epi32(codes, _mm512_set1_epi16(15), block, 0xea);  // codes & 15 | block
-    return (__m512bh)_mm512_permutexvar_epi16(index, t);
+    const __m512i codes = way % 2 ? v : _mm512_srli_epi16(v, 4);
+    const __m512i block = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi8(16), 1);
+    const __m512i bytes = _mm512_ternarylogic_epi32(codes, _mm512_set1_epi8(15), block, 0xea);  // codes & 15 | block
+    return (__m512bh)_mm512_permutexvar_epi16(way < 2 ? bytes : _mm512_srli_epi16(bytes, 8), t);
   }
 };
 
 constexpr Gemm GEMM_BF16 = {2,
                             MathBF16::WIDTH,
+                            ROWS,
+                            1,
+                            false,
                             convert_bf16,
                             transpose_wide<uint16_t>,
                             interleave_pairs,
@@ -168,7 +171,8 @@ constexpr Gemm GEMM_BF16 = {2,
                             DotsBF16::STEP,
                             split<DotsBF16>,
                             decode_rows,
-                            decode_columns};
+                            decode_columns,
+                            nullptr};
 
 }  // namespace
 }  // namespace lora_kernels::cpu

@@ -11,6 +11,7 @@
 namespace lora_kernels::cpu {
 namespace {
 
+constexpr int ROWS = 6;         // of a tile, at most
 constexpr int64_t AHEAD = 256;  // steps of a packed left operand between its prefetch and its use
 
 // sums += left [MR, steps] x right [steps][ld]

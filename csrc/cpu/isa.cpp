@@ -2,12 +2,13 @@
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "kernels.h"
 
 namespace lora_kernels::cpu {
 
-int supported_levels(const Kernels* out[4]) {
+int supported_levels(const Kernels* out[MAX_LEVELS]) {
   int n = 0;
 #ifdef LORA_KERNELS_X86
   __builtin_cpu_init();
@@ -15,7 +16,13 @@ int supported_levels(const Kernels* out[4]) {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   // Cooper Lake has BF16 without VBMI.
-  if (avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi")) out[n++] = &avx512bf16_kernels;
+  if (avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi")) {
+    out[n++] = &avx512bf16_kernels;
+    if (const Kernels* amx = amx_kernels()) {
+      out[n++] = amx;
+      if (has_amx()) std::swap(out[n - 2], out[n - 1]);  // without it our own tiles are faster: docs/cpu.md
+    }
+  }
   if (avx512) out[n++] = &avx512_kernels;
   if (avx2) out[n++] = &avx2_kernels;
 #endif
@@ -24,7 +31,7 @@ int supported_levels(const Kernels* out[4]) {
 }
 
 static const Kernels& choose() {
-  const Kernels* levels[4];
+  const Kernels* levels[MAX_LEVELS];
   const int n = supported_levels(levels);
   const char* forced = std::getenv("LORA_KERNELS_CPU_ISA");
   if (!forced || !*forced) return *levels[0];

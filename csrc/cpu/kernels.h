@@ -7,7 +7,7 @@
 
 namespace lora_kernels::cpu {
 
-constexpr int ROWS = 6;        // of the left operand in a tile, at most
+constexpr int MAX_ROWS = 64;   // of the left operand in a tile, of any kernel
 constexpr int COLUMNS = 64;    // of the right operand in a panel, and the row length of float32 tiles
 constexpr int F32_BLOCK = 64;  // steps of a float32 sum before it joins the total: its error grows with their square root
 constexpr int GROUP = 16;      // columns that are packed together
@@ -26,8 +26,7 @@ struct Finish {
   int columns;
 };
 
-// A left operand [rows, steps]: dwords from one row and from one step to the next.  Packed tiles are {1, rows}, row-major
-// matrices {ld, 1}.
+// A left operand [rows, steps]: dwords from one row and from one step to the next, {ld, 1} where it is row-major.
 struct Strided {
   const uint32_t* data;
   int64_t row, step;
@@ -42,8 +41,11 @@ struct LeftPart {
 // A matrix product: left [rows, D] by steps, right [D, columns] packed as [steps][`width`] dwords.  A dword is one step of the
 // contraction: a float32, or two bf16 that are neighbours along it (an odd length is padded with zero).
 struct Gemm {
-  int values;  // in a dword: 1 or 2
-  int width;   // columns of the right operand side by side in memory; a panel is COLUMNS / width such pieces
+  int values;      // in a dword: 1 or 2
+  int width;       // columns of the right operand side by side in memory; a panel is COLUMNS / width such pieces
+  int rows;        // of the left operand in a tile, at most
+  int grain;       // tiles have a multiple of it, a power of two; rows that are left over are one more tile
+  bool row_major;  // every left operand is; else packed tiles are {1, rows}
 
   // src [n] of `dtype` -> the type that is multiplied.
   void (*convert)(DType dtype, const void* src, int64_t n, void* dst);
@@ -79,6 +81,8 @@ struct Gemm {
   // Rows [n0, n1), columns [k0, k0 + columns), columns 32 or 64 -> dst [steps of n][columns].
   void (*decode_columns)(const uint8_t* packed, const float* codebook, const float* absmax, int shift, int64_t K, int64_t n0,
                          int64_t n1, int64_t k0, int columns, uint32_t* dst, int64_t ld_dst);
+  // What a thread does after its last tile, or null.
+  void (*release)();
 };
 
 // The product of a few rows: x as it lies in memory against decoded rows of W, a sum of each pair.  K a multiple of 64, blocks
@@ -86,9 +90,7 @@ struct Gemm {
 struct Dots {
   const uint8_t *packed, *end;  // all of W
   const float* codebook;
-  const float* absmax;  // of the block that holds element n0 * K, and on
-  int shift;
-  int64_t before;  // elements of that block before row n0
+  const float* absmax;  // of every 64 weights from row n0 on
   int64_t K, N;
   int M;
   const void* x;      // [steps of K][M][a Gemm's `step`], its type, split
@@ -104,6 +106,8 @@ struct Kernels {
   const char* name;
   Gemm f32;
   Gemm bf16;  // all null where the CPU does not multiply bf16: it converts inside, at a third of the speed of float32
+  // bf16 with the tiles of a library: null where none is used, and gives null while that is switched off.
+  const Gemm* (*library)();
 
   // Full blocks [b0, b1) of x (dtype by suffix) -> packed, absmax.  midpoints [15] ascending; order [16]: sorted position ->
   // 4-bit index.  False if a value is not finite.
@@ -144,12 +148,17 @@ struct Kernels {
 // The kernels of the best level that this CPU has, or of the one that LORA_KERNELS_CPU_ISA names.
 // Throws std::invalid_argument if that is unknown or not supported here.
 const Kernels& kernels();
+constexpr int MAX_LEVELS = 5;
 // Levels this CPU supports, best first; returns how many.
-int supported_levels(const Kernels* out[4]);
+int supported_levels(const Kernels* out[MAX_LEVELS]);
 
 extern const Kernels portable_kernels;
 #ifdef LORA_KERNELS_X86
 extern const Kernels avx2_kernels, avx512_kernels, avx512bf16_kernels;
+// Those of avx512bf16, with the tiles of torch's oneDNN; null where it has none.
+const Kernels* amx_kernels();
+// Whether those tiles use AMX.
+bool has_amx();
 #endif
 
 }  // namespace lora_kernels::cpu

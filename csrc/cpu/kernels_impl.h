@@ -109,6 +109,9 @@ void drop_f32(const float* value, uint64_t seed, uint64_t threshold, int64_t e0,
 constexpr Gemm make_gemm_f32(decltype(Gemm::transpose) transpose, decltype(Gemm::interleave) interleave) {
   return {1,
           MathF32::WIDTH,
+          ROWS,
+          1,
+          false,
           convert_f32<MathF32>,
           transpose,
           interleave,
@@ -120,6 +123,7 @@ constexpr Gemm make_gemm_f32(decltype(Gemm::transpose) transpose, decltype(Gemm:
           DotsF32<F32>::STEP,
           split<DotsF32<F32>>,
           nullptr,
+          nullptr,
           nullptr};
 }
 
@@ -128,6 +132,7 @@ constexpr Kernels make_kernels(const char* name, const Gemm& f32, const Gemm& bf
   return Kernels{name,
                  f32,
                  bf16,
+                 nullptr,
                  quantize<F32>,
                  quantize<F16>,
                  quantize<BF16>,

@@ -1,7 +1,7 @@
 // out [M, C] = left [M, D] x right [D, C], right decoded or converted panel by panel, with the adapter as more steps of the
 // same contraction.  Forward and dx are this with W^T and W for `right`.
 //
-// left is packed in tiles of up to ROWS rows, right in panels of COLUMNS columns that stay in the L2 cache; a tile of sums
+// left is packed in tiles of a few rows, right in panels of COLUMNS columns that stay in the L2 cache; a tile of sums
 // lives in registers for the whole contraction (a block of it, where a panel would not fit) and is rounded once.  Every sum is
 // taken by one thread in an order that depends on the shapes alone, so the number of threads never changes a bit.
 //
@@ -40,6 +40,14 @@ inline int64_t panel_bytes() {
 inline int64_t threads_for(int64_t M, int64_t numel) { return (M + 8) * numel < (2 << 20) ? 1 : at::get_num_threads(); }
 
 inline bool multiplies_bf16() { return kernels().bf16.tile; }
+
+// For x of `dtype`: bf16 where the CPU multiplies that, else float32.
+inline const Gemm& gemm_of(DType dtype) {
+  const Kernels& k = kernels();
+  if (dtype != DType::bf16 || !multiplies_bf16()) return k.f32;
+  const Gemm* library = k.library ? k.library() : nullptr;
+  return library ? *library : k.bf16;
+}
 
 // The dropout mask of x [M, K]: a function of the seed and of an element's index.
 class Dropout {
@@ -92,12 +100,12 @@ struct Product {
   const Gemm& gemm;
   DType type;
 
-  // x of `dtype`: bf16 where the CPU multiplies that, else float32
-  explicit Product(DType dtype)
-      : gemm(dtype == DType::bf16 && multiplies_bf16() ? kernels().bf16 : kernels().f32),
-        type(gemm.values == 2 ? DType::bf16 : DType::f32) {}
+  explicit Product(DType dtype) : gemm(gemm_of(dtype)), type(gemm.values == 2 ? DType::bf16 : DType::f32) {}
 
   int64_t steps(int64_t n) const { return (n + gemm.values - 1) / gemm.values; }
+  void release() const {
+    if (gemm.release) gemm.release();
+  }
   bool direct(const Source& s) const { return s.data.dtype == type && !s.dropout; }
 
   // source [row .. row + rows, column .. column + n) -> dst [steps of n][rows <= 16]; column and n as for `steps`
@@ -110,6 +118,19 @@ struct Product {
         s.load(gemm, row + i, column + c, m, reinterpret_cast<char*>(buffer) + i * CHUNK * itemsize(type));
       gemm.transpose(buffer, CHUNK, rows, m, dst + c / gemm.values * ld_dst, ld_dst);
     }
+  }
+
+  // source [row .. row + rows, 0 .. n) -> a packed tile of the left operand
+  void pack_tile(const Source& s, int64_t row, int rows, int64_t n, uint32_t* dst) const {
+    if (!gemm.row_major) return transpose(s, row, rows, 0, n, dst, rows);
+    for (int i = 0; i < rows; i++, dst += steps(n)) {
+      dst[steps(n) - 1] = 0;  // past an odd end
+      s.load_row(gemm, row + i, n, dst);
+    }
+  }
+  // Its steps from `step` on, of all `steps`.
+  Strided packed_tile(const uint32_t* data, int rows, int64_t steps, int64_t step) const {
+    return gemm.row_major ? Strided{data + step, steps, 1} : Strided{data + step * rows, 1, rows};
   }
 
   // source [row .. row + n, column .. column + columns <= 64) -> dst [steps of n][columns]
@@ -249,12 +270,23 @@ class FactorPanels : public Right {
   bool transposed_;
 };
 
-// Rows cut into tiles of nearly equal height.
+struct Tile {
+  int64_t row;
+  int rows;
+};
+
+// Rows cut into tiles of nearly equal height, and a last one of those that are no multiple of the grain.
 struct Tiles {
-  int64_t M, count;
-  explicit Tiles(int64_t M) : M(M), count(ceil_div(M, ROWS)) {}
-  int64_t begin(int64_t i) const { return M * i / count; }
-  int rows(int64_t i) const { return static_cast<int>(begin(i + 1) - begin(i)); }
+  int64_t M, grain, even, even_count, count;
+  Tiles(int64_t M, const Gemm& gemm)
+      : M(M), grain(gemm.grain), even(M & -grain), even_count(ceil_div(even, gemm.rows)), count(even_count + (even < M)) {}
+  Tile operator[](int64_t i) const { return {begin(i), static_cast<int>(begin(i + 1) - begin(i))}; }
+
+ private:
+  int64_t begin(int64_t i) const {
+    if (i >= even_count) return i == even_count ? even : M;
+    return (even * i / even_count + grain - 1) & -grain;
+  }
 };
 
 // Rows of a left operand, by steps: packed tiles of one block of rows, or a row-major matrix of all.
@@ -263,9 +295,10 @@ struct Rows {
   int64_t ld;  // dwords
   bool packed;
 
-  Strided tile(int64_t m0, const Tiles& tiles, int64_t i, int64_t step) const {
-    if (packed) return {data + tiles.begin(i) * ld + step * tiles.rows(i), 1, tiles.rows(i)};
-    return {data + (m0 + tiles.begin(i)) * ld + step, ld, 1};
+  // A tile of the block of rows that begins at m0.
+  Strided at(const Product& product, int64_t m0, const Tile& tile, int64_t step) const {
+    if (packed) return product.packed_tile(data + tile.row * ld, tile.rows, ld, step);
+    return {data + (m0 + tile.row) * ld + step, ld, 1};
   }
 };
 
@@ -274,19 +307,21 @@ struct Left {
   const Product& product;
   Source source;
   int64_t D;
-  uint32_t* packed;  // [tile][steps of D][rows] of a block, where it packs
+  uint32_t* packed;  // the tiles of a block, where it packs
 
-  // A matrix whose rows are close together is read as fast where it lies.
-  bool packs() const { return !product.direct(source) || D % product.gemm.values || D * itemsize(product.type) > MAX_STRIDE; }
+  // A matrix whose rows are close together is read as fast where it lies; a library's tiles read any as fast.
+  bool packs() const {
+    return !product.direct(source) || D % product.gemm.values ||
+           (!product.gemm.row_major && D * itemsize(product.type) > MAX_STRIDE);
+  }
   int64_t steps() const { return product.steps(D); }
 
   Rows rows() const {
     if (packs()) return {packed, steps(), true};
     return {static_cast<const uint32_t*>(source.data.data), source.ld / product.gemm.values, false};
   }
-  void pack(int64_t m0, const Tiles& tiles, int64_t i) const {
-    if (packs())
-      product.transpose(source, m0 + tiles.begin(i), tiles.rows(i), 0, D, packed + tiles.begin(i) * steps(), tiles.rows(i));
+  void pack(int64_t m0, const Tile& tile) const {
+    if (packs()) product.pack_tile(source, m0 + tile.row, tile.rows, D, packed + tile.row * steps());
   }
 };
 
@@ -301,21 +336,20 @@ struct LowRank {
   uint32_t* tail;  // [M, steps of r]
 
   // For the rows of a tile, which has been packed.
-  void multiply(const Left& left, int64_t m0, const Tiles& tiles, int64_t i, Scratch& scratch) const {
+  void multiply(const Left& left, int64_t m0, const Tile& tile, Scratch& scratch) const {
     const Product& product = left.product;
-    const int64_t m = m0 + tiles.begin(i), steps = left.steps(), ld = product.steps(r);
-    const int rows = tiles.rows(i);
-    LeftPart factor{left.rows().tile(m0, tiles, i, 0), steps};
+    const int64_t m = m0 + tile.row, steps = left.steps(), ld = product.steps(r);
+    LeftPart factor{left.rows().at(product, m0, tile, 0), steps};
     if (dropout) {
       Source dropped = left.source;
       dropped.dropout = dropout;
-      uint32_t* t = scratch.get<uint32_t>(steps * rows);
-      product.transpose(dropped, m, rows, 0, left.D, t, rows);
-      factor.left = {t, 1, rows};
+      uint32_t* t = scratch.get<uint32_t>(steps * tile.rows);
+      product.pack_tile(dropped, m, tile.rows, left.D, t);
+      factor.left = product.packed_tile(t, tile.rows, steps, 0);
     }
     for (int64_t q = 0; q < r; q += GROUP)
       product.gemm.rank_tile(
-          rows, factor, right + q * steps, static_cast<int>(std::min<int64_t>(GROUP, r - q)), scale,
+          tile.rows, factor, right + q * steps, static_cast<int>(std::min<int64_t>(GROUP, r - q)), scale,
           const_cast<char*>(static_cast<const char*>(products.data)) + (m * r + q) * itemsize(products.dtype), r,
           products.dtype, tail_scale, tail + m * ld + q / product.gemm.values, ld * product.gemm.values);
   }
@@ -404,7 +438,7 @@ inline void multiply(Team& team, const Product& product, int64_t m0, const Tiles
   // holds.
   const int64_t span = partial_sums ? SPAN : 1;
   float* partials = partial_sums ? partial_scratch.get<float>(span * tiles.M * COLUMNS) : nullptr;
-  alignas(64) float bias[COLUMNS], masked[ROWS * COLUMNS];
+  alignas(64) float bias[COLUMNS], masked[MAX_ROWS * COLUMNS];
 
   auto part = [&](const Output& o, size_t b, int64_t c, float* partial, int64_t tile0, int64_t tile1) {
     const Output::Block& block = o.blocks[b];
@@ -421,21 +455,20 @@ inline void multiply(Team& team, const Product& product, int64_t m0, const Tiles
     if (o.bias.data && last)
       kernels().f32.convert(o.bias.dtype, static_cast<const char*>(o.bias.data) + c * itemsize(o.bias.dtype), columns, bias);
     for (int64_t i = tile0; i < tile1; i++) {
-      const int64_t row = tiles.begin(i);
-      const int rows = tiles.rows(i);
+      const Tile tile = tiles[i];
       for (int j = 0; j < block.n; j++)
-        parts[j].left = block.pieces[j].left.tile(m0, tiles, i, product.steps(block.pieces[j].d0));
+        parts[j].left = block.pieces[j].left.at(product, m0, tile, product.steps(block.pieces[j].d0));
       for (int p = 0; p < columns; p += g.width) {
         const int width = std::min(g.width, columns - p);
-        float* sums = block.dropout ? masked + p : partial ? partial + row * COLUMNS + p : nullptr;
-        char* to = static_cast<char*>(o.out) + ((m0 + row) * o.columns + c + p) * itemsize(dtype);
-        g.tile(rows, parts, block.n, panel.at(p / GROUP, 0),
+        float* sums = block.dropout ? masked + p : partial ? partial + tile.row * COLUMNS + p : nullptr;
+        char* to = static_cast<char*>(o.out) + ((m0 + tile.row) * o.columns + c + p) * itemsize(dtype);
+        g.tile(tile.rows, parts, block.n, panel.at(p / GROUP, 0),
                {sums, !first && !block.dropout, !last, o.bias.data ? bias + p : nullptr, to, o.columns, dtype, width});
       }
       if (!block.dropout) continue;
-      for (int m = 0; m < rows; m++) {
-        float* sum = partial + (row + m) * COLUMNS;
-        block.dropout->apply(m0 + row + m, c, columns, masked + m * COLUMNS);
+      for (int m = 0; m < tile.rows; m++) {
+        float* sum = partial + (tile.row + m) * COLUMNS;
+        block.dropout->apply(m0 + tile.row + m, c, columns, masked + m * COLUMNS);
         for (int j = 0; j < columns; j++) sum[j] = (first ? 0.0f : sum[j]) + masked[m * COLUMNS + j];
       }
     }

@@ -8,10 +8,10 @@ namespace lora_kernels::cpu {
 
 namespace {
 
-// Rows a block of packed left operands holds.
-int64_t rows_per_block(int64_t M, int64_t depth) {
-  const int64_t blocks = std::max<int64_t>(1, (M * depth * 4 + LEFT_BYTES / 2) / LEFT_BYTES);
-  return std::max<int64_t>(1, ceil_div(M, blocks));
+// Rows of a block of left operands of `steps` altogether.
+int64_t rows_per_block(const Gemm& gemm, int64_t M, int64_t steps) {
+  const int64_t blocks = std::max<int64_t>(1, (M * steps * 4 + LEFT_BYTES / 2) / LEFT_BYTES);
+  return std::max<int64_t>(1, ceil_div(ceil_div(M, blocks), gemm.grain) * gemm.grain);
 }
 
 // What the calling thread keeps for its next call, in whichever direction.
@@ -117,22 +117,23 @@ class Outer {
         M_(M),
         transposed_(transposed),
         sums_(sums),
-        tiles_(total_rows() + (sums ? 1 : 0)),
+        tiles_(total_rows() + (sums ? 1 : 0), product.gemm),
         width_(ceil_div(tiles_.M, GROUP) * GROUP + (factors_.size() > 1 ? GROUP : 0)),
-        packed_(packed.get<uint32_t>(product.steps(M) * width_)) {}
+        packed_(packed.get<uint32_t>(product.steps(M) * width_)),
+        left_(product.gemm.row_major ? Strided{packed_, product.steps(M), 1} : Strided{packed_, 1, width_}) {}
 
   int64_t strips() const { return ceil_div(columns_, STRIP); }
 
-  // All of a -> [steps of M][width]; with sums, a last row of ones.
+  // All of a^T -> `left`; with sums, a last row of ones.
   void pack() const {
     uint32_t* to = packed_;
     for (const Factor& f : factors_) {
       for (int64_t q = 0; q < f.rows; q += GROUP)
-        product_.interleave(f.a, 0, M_, q, static_cast<int>(std::min<int64_t>(GROUP, f.rows - q)), to + q, width_, GROUP);
-      to += f.rows;
+        pack(f.a, q, static_cast<int>(std::min<int64_t>(GROUP, f.rows - q)), to + q * left_.row);
+      to += f.rows * left_.row;
     }
     if (sums_)
-      for (int64_t s = 0; s < product_.steps(M_); s++) to[s * width_] = ones(s);
+      for (int64_t s = 0; s < product_.steps(M_); s++) to[s * left_.step] = ones(s);
   }
 
   void strip(int64_t unit, Scratch& panel_scratch, Scratch& sum_scratch) const {
@@ -150,14 +151,16 @@ class Outer {
         const int columns = static_cast<int>(std::min<int64_t>(COLUMNS, end - c));
         product_.interleave(b_, m, n, c, columns, data, g.width, panel.group_stride());
         for (int64_t i = 0; i < tiles_.count; i++) {
-          const LeftPart left{{packed_ + product_.steps(m) * width_ + tiles_.begin(i), 1, width_}, panel.steps};
+          const Tile tile = tiles_[i];
+          const uint32_t* from = left_.data + product_.steps(m) * left_.step + tile.row * left_.row;
+          const LeftPart left{{from, left_.row, left_.step}, panel.steps};
           // the next block, a part at a time: rows are too far apart for the hardware to see what comes
           for (int64_t j = m + n + BLOCK * i / tiles_.count; j < std::min(M_, m + n + BLOCK * (i + 1) / tiles_.count); j++)
             for (int q = 0; q < columns; q += 64 / itemsize(b_.data.dtype)) __builtin_prefetch(b_.at(j, c + q));
-          float* tile = sums + ((c - begin) * tiles_.M + tiles_.begin(i) * COLUMNS);
+          float* to = sums + ((c - begin) * tiles_.M + tile.row * COLUMNS);
           for (int p = 0; p < columns; p += g.width)
-            g.tile(tiles_.rows(i), &left, 1, panel.at(p / GROUP, 0),
-                   {tile + p, m > 0, true, nullptr, nullptr, 0, DType::f32, std::min(g.width, columns - p)});
+            g.tile(tile.rows, &left, 1, panel.at(p / GROUP, 0),
+                   {to + p, m > 0, true, nullptr, nullptr, 0, DType::f32, std::min(g.width, columns - p)});
         }
       }
     }
@@ -173,6 +176,18 @@ class Outer {
   }
 
  private:
+  // Columns [q, q + n) of a, as rows.
+  void pack(const Source& a, int64_t q, int n, uint32_t* to) const {
+    if (!product_.gemm.row_major) return product_.interleave(a, 0, M_, q, n, to, width_, GROUP);
+    alignas(64) uint32_t block[GROUP * GROUP];
+    const int64_t most = GROUP * product_.gemm.values;
+    for (int64_t m = 0; m < M_; m += most) {
+      const int64_t rows = std::min(most, M_ - m);
+      product_.interleave(a, m, rows, q, n, block, GROUP, GROUP);
+      kernels().f32.transpose(block, GROUP, static_cast<int>(product_.steps(rows)), n, to + product_.steps(m), left_.row);
+    }
+  }
+
   // Sums [rows, COLUMNS] of columns [c, c + n) -> out
   void store(const Factor& f, const float* sums, int64_t c, int64_t n, float* turned) const {
     const auto out = [&](int64_t i) { return static_cast<char*>(const_cast<void*>(f.out.data)) + i * itemsize(f.out.dtype); };
@@ -206,6 +221,7 @@ class Outer {
   Tiles tiles_;
   int64_t width_;  // a group of columns is packed whole, over what follows it
   uint32_t* packed_;
+  Strided left_;  // `packed`, as it lies
 };
 
 void prepare(Team& team, const std::deque<LayerOperand>& operands) {
@@ -219,7 +235,7 @@ void packed_linear(DType dtype, int64_t M, const void* x, const std::vector<Laye
   Kept& memory = kept();
   const Product product(dtype);
   Left left{product, {{x, dtype}, layers.at(0).weight.K}, layers[0].weight.K, nullptr};
-  const int64_t block = rows_per_block(M, left.steps());
+  const int64_t block = rows_per_block(product.gemm, M, left.steps());
   if (left.packs()) left.packed = memory.left.get<uint32_t>(block * left.steps());
 
   std::deque<LayerOperand> operands;
@@ -252,17 +268,18 @@ void packed_linear(DType dtype, int64_t M, const void* x, const std::vector<Laye
     static thread_local Scratch tile_scratch;
     prepare(team, operands);
     for (int64_t m0 = 0; m0 < M; m0 += block) {
-      const Tiles tiles(std::min(block, M - m0));
+      const Tiles tiles(std::min(block, M - m0), product.gemm);
       if (left.packs() || !ranks.empty()) {
         team.share(tiles.count, [&](int64_t i) {
-          left.pack(m0, tiles, i);
-          for (const LowRank& rank : ranks) rank.multiply(left, m0, tiles, i, tile_scratch);
+          left.pack(m0, tiles[i]);
+          for (const LowRank& rank : ranks) rank.multiply(left, m0, tiles[i], tile_scratch);
         });
         team.sync();
       }
       multiply(team, product, m0, tiles, outputs, dtype);
       team.sync();
     }
+    product.release();
   });
 }
 
@@ -290,7 +307,7 @@ void qlora_linear_backward(DType dtype, int64_t M, const void* x, const std::vec
     numel += layer.weight.numel();
     prepares |= layer.dA != nullptr;
   }
-  const int64_t block = rows_per_block(M, steps);
+  const int64_t block = rows_per_block(product.gemm, M, steps);
   uint32_t* packed = memory.left.get<uint32_t>(prepares ? block * packed_steps : 0);
 
   std::deque<LayerOperand> operands;
@@ -340,11 +357,12 @@ void qlora_linear_backward(DType dtype, int64_t M, const void* x, const std::vec
     static thread_local Scratch tile_scratch, strip_scratch, sum_scratch;
     prepare(team, operands);
     for (int64_t m0 = 0; m0 < M && prepares; m0 += block) {
-      const Tiles tiles(std::min(block, M - m0));
+      const Tiles tiles(std::min(block, M - m0), product.gemm);
       team.share(tiles.count * lefts.size(), [&](int64_t unit) {
-        const int64_t layer = unit / tiles.count, i = unit % tiles.count;
-        if (dx || ranks[layer].r) lefts[layer].pack(m0, tiles, i);
-        if (ranks[layer].r) ranks[layer].multiply(lefts[layer], m0, tiles, i, tile_scratch);
+        const int64_t layer = unit / tiles.count;
+        const Tile tile = tiles[unit % tiles.count];
+        if (dx || ranks[layer].r) lefts[layer].pack(m0, tile);
+        if (ranks[layer].r) ranks[layer].multiply(lefts[layer], m0, tile, tile_scratch);
       });
       team.sync();
       multiply(team, product, m0, tiles, outputs, dtype);
@@ -355,6 +373,7 @@ void qlora_linear_backward(DType dtype, int64_t M, const void* x, const std::vec
     share_units(
         team, outers, [](const Outer& o) { return o.strips(); },
         [&](const Outer& o, int64_t i) { o.strip(i, strip_scratch, sum_scratch); });
+    product.release();
   });
 }
 
