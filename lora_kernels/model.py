@@ -14,7 +14,7 @@ from torch import nn
 
 from . import backends
 from .formats import check_blocksize, check_quant_type, check_storage
-from .nn import AdapterConfig, FusedQLoRALinear, InputGroup, check_compute_dtype
+from .nn import AdapterConfig, FusedQLoRALinear, GatedMLP, InputGroup, check_compute_dtype
 
 
 def fused_layers(model: nn.Module) -> dict[str, FusedQLoRALinear]:
@@ -206,6 +206,7 @@ def group_projections(model: nn.Module, groups: Sequence[Sequence[str]] = PROJEC
     """Lets sibling layers that a block calls on the same input compute in one call, which reads x once and saves it once.
 
     Only where every layer of a group is a `FusedQLoRALinear` of the same in_features; results are those of separate calls.
+    A block that computes `down_proj(act_fn(gate_proj(x)) * up_proj(x))` does so in two calls (`lora_kernels.nn.GatedMLP`).
 
     Args:
         groups: names of sibling layers, one sequence a group.
@@ -220,6 +221,7 @@ def group_projections(model: nn.Module, groups: Sequence[Sequence[str]] = PROJEC
             if len(layers) == len(names) and len({(layer.in_features, layer.compute_dtype) for layer in layers}) == 1:
                 InputGroup(layers)
                 made += 1
+        GatedMLP.convert(block)
     return made
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from .autograd import dequantize, linears, quantize
 from .backends import FlatLayer
@@ -541,3 +543,78 @@ class InputGroup:
 def _version(x: Tensor) -> int | None:
     """How often x was written to, where that is counted."""
     return None if torch.compiler.is_compiling() or x.is_inference() else x._version
+
+
+class GatedMLP:
+    """What a block that computes `down_proj(act_fn(gate_proj(x)) * up_proj(x))` gets in front of its class: the same from the
+    parts of its layers.  To call the layers as modules takes as long as a small layer does on a CPU.  Where such a call is more
+    than a `forward` (hooks, a compiled or another layer), the block does as before."""
+
+    _modules: dict[str, Any]
+    before: type
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        layers = self._modules
+        gate, up, down = layers["gate_proj"], layers["up_proj"], layers["down_proj"]
+        special = kwargs or torch.compiler.is_compiling() or _has_any_global_hook()
+        if special or not (_bare(gate) and _bare(up) and _bare(down)):
+            return super().forward(*args, **kwargs)  # type: ignore[misc, no-any-return]
+        (x,) = args
+        y, z = linears(_cast(x, gate.compute_dtype), (gate._parts(), up._parts()))
+        if gate.compute_dtype is not None:
+            y, z = y.to(x.dtype), z.to(x.dtype)
+        return down.forward(layers["act_fn"](y) * z)  # type: ignore[no-any-return]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _new_gated_mlp, (self.before,), *super().__reduce_ex__(protocol)[2:]
+
+    @staticmethod
+    def convert(block: nn.Module) -> bool:
+        """In place, if that is what the block computes; whether it is."""
+        layers = [block._modules.get(name) for name in ("gate_proj", "up_proj", "down_proj")]
+        if not all(map(_bare, layers)) or layers[0].compute_dtype != layers[1].compute_dtype:  # type: ignore[union-attr]
+            return False
+        if _formula(block) != "down_proj(mul(act_fn(gate_proj(x)), up_proj(x)))":
+            return False
+        block.__class__ = _gated(type(block))  # type: ignore[arg-type]
+        return True
+
+
+def _bare(layer: Any) -> bool:
+    """Whether to call a layer is to call its forward."""
+    return (
+        isinstance(layer, FusedQLoRALinear)
+        and not (layer._forward_pre_hooks or layer._forward_hooks or layer._backward_pre_hooks or layer._backward_hooks)
+        and layer._compiled_call_impl is None
+        and "forward" not in layer.__dict__
+    )
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+
+def _formula(block: nn.Module) -> str | None:
+    """What a block of one input x computes, in calls of its children and of functions."""
+
+    def write(node: Any) -> str:
+        if node.op == "placeholder":
+            return "x"
+        return f"{getattr(node.target, '__name__', node.target)}({', '.join(map(write, node.args))})"
+
+    try:
+        *nodes, output = _Tracer().trace(block).nodes
+        one_input = sum(node.op == "placeholder" for node in nodes) == 1
+        return write(output.args[0]) if one_input else None
+    except Exception:  # whatever tracing raises of a forward that is more than a formula
+        return None
+
+
+@functools.cache
+def _gated(cls: type) -> type:
+    return type(cls.__name__, (GatedMLP, cls), {"__module__": cls.__module__, "before": cls})
+
+
+def _new_gated_mlp(cls: type) -> Any:
+    return object.__new__(_gated(cls))

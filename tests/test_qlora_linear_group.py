@@ -11,7 +11,7 @@ from conftest import tiny_llama
 import lora_kernels as lk
 from lora_kernels.autograd import linears
 from lora_kernels.model import fused_layers
-from lora_kernels.nn import InputGroup
+from lora_kernels.nn import GatedMLP, InputGroup
 from lora_kernels.ops import group_args
 from lora_kernels.testing import Case, Inputs, assert_close_to_oracle, make_inputs, max_error, oracle, plain
 
@@ -238,3 +238,85 @@ def test_input_group_computes_anew_what_changed():
         x = torch.randn(3, 64)
         q(x)
         assert torch.equal(k(x), alone(x))
+
+
+class MLP(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gate_proj, self.up_proj = torch.nn.Linear(64, 96), torch.nn.Linear(64, 96)
+        self.down_proj, self.act_fn = torch.nn.Linear(96, 64), torch.nn.GELU()
+
+    def forward(self, hidden_states):
+        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+
+def gated_mlp(**options) -> torch.nn.Module:
+    mlp = lk.apply_qlora(torch.nn.Sequential(MLP()), r=4, **options)[0]
+    for fused in fused_layers(mlp).values():
+        torch.nn.init.normal_(fused.lora_matrices("default")[1], std=0.05)
+    lk.group_projections(mlp)
+    return mlp
+
+
+@pytest.mark.parametrize("options", [{}, {"compute_dtype": BF16}], ids=str)
+def test_gated_mlp_calls_no_layer(options, monkeypatch):
+    """The results of the block's own forward, without calling its layers as modules."""
+    mlp = gated_mlp(**options)
+    assert isinstance(mlp, GatedMLP) and isinstance(mlp, MLP)
+    x = torch.randn(2, 3, 64, requires_grad=True)
+    trained = [p for p in mlp.parameters() if p.requires_grad]
+    want = MLP.forward(mlp, x)
+    want = want, *torch.autograd.grad(want.sum(), [x, *trained])
+    copies = copy.deepcopy(mlp), pickle.loads(pickle.dumps(mlp))
+    assert torch.equal(mlp(hidden_states=x), want[0])
+    for name in ("gate_proj", "up_proj"):
+        monkeypatch.setattr(mlp.get_submodule(name), "_group", None)
+    monkeypatch.setattr(lk.FusedQLoRALinear, "__call__", None)
+    got = mlp(x)
+    for g, w in zip((got, *torch.autograd.grad(got.sum(), [x, *trained])), want, strict=True):
+        assert torch.equal(g, w)
+    for other in copies:
+        assert type(other) is type(mlp) and torch.equal(other(x), want[0])
+        other.down_proj.set_adapter(None)
+        assert not torch.equal(other(x), want[0])
+
+
+@pytest.mark.parametrize("change", ["forward hook", "forward pre-hook", "backward hook", "forward", "layer", "compiled"])
+def test_gated_mlp_with_a_layer_that_does_more(change):
+    mlp, seen = gated_mlp(), []
+    hook = lambda *args: seen.append(change)  # noqa: E731
+    down = mlp.down_proj
+    if change == "forward hook":
+        down.register_forward_hook(hook)
+    elif change == "forward pre-hook":
+        down.register_forward_pre_hook(hook)
+    elif change == "backward hook":
+        down.register_full_backward_hook(hook)
+    elif change == "layer":
+        mlp.down_proj = torch.nn.Linear(96, 64)
+        mlp.down_proj.register_forward_hook(hook)
+    elif change == "forward":
+        down.forward = lambda x: seen.append(change) or lk.FusedQLoRALinear.forward(down, x)
+    else:
+        down.compile(backend=lambda graph, inputs: seen.append(change) or graph.forward)
+    mlp(torch.randn(3, 64, requires_grad=True)).sum().backward()
+    assert seen == [change]
+
+
+def test_other_blocks_stay_as_they_are():
+    class Swapped(MLP):
+        def forward(self, x):
+            return self.down_proj(self.act_fn(self.up_proj(x)) * self.gate_proj(x))
+
+    class Branching(MLP):
+        def forward(self, x):
+            return super().forward(x) if x.sum() > 0 else x
+
+    class Scaled(MLP):
+        def forward(self, x):
+            return super().forward(x) * 0.5
+
+    for cls in (Swapped, Branching, Scaled):
+        block = lk.apply_qlora(torch.nn.Sequential(cls()), r=4)[0]
+        assert lk.group_projections(block) == 1
+        assert type(block) is cls
