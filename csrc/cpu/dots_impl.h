@@ -11,10 +11,10 @@
 namespace lora_kernels::cpu {
 namespace {
 
-constexpr int TILE = 4;              // rows of x in a tile
-constexpr int DECODED = 8;           // rows of W decoded at a time for more, BLOCK of their columns: these stay in L1
-constexpr int BLOCK = 640;           // at most
-constexpr int64_t FETCH = 32 << 10;  // bytes of W ahead
+constexpr int TILE = 4;             // rows of x in a tile
+constexpr int DECODED = 8;          // rows of W decoded at a time for more, BLOCK of their columns: these stay in L1
+constexpr int BLOCK = 640;          // at most
+constexpr int64_t FETCH = 4 << 10;  // bytes of W ahead, beside the rows that are taken together
 
 // Columns decoded at a time: a whole number of steps, of float32 no more than may be summed at once.
 template <class Math>
@@ -124,22 +124,18 @@ class DotRows {
   // A row of W that exists: past the last one, that again.
   int64_t row(int64_t n) const { return n < n1_ ? n : n1_ - 1; }
   const uint8_t* codes(int64_t n) const { return d_.packed + n * d_.K / 2; }
-  // How far ahead of rows [n, n + rows) W is fetched: not past its end.
-  int64_t ahead(int64_t n, int rows) const { return codes(n + rows) + FETCH <= d_.end ? FETCH : 0; }
-
-  // The scales of a row: `at(k)` that of the block which holds column k.
-  struct Scales {
-    const float* absmax;
-    int64_t first;
-    int shift;
-    float at(int64_t k) const { return absmax[(first + k) >> shift]; }
-  };
-  Scales scales(int64_t n) const { return {d_.absmax, d_.before + (n - n0_) * d_.K, d_.shift}; }
+  const float* scales(int64_t n) const { return d_.absmax + (n - n0_) * (d_.K / 64); }
+  // What is fetched while rows [n, n + rows) are taken, line by line in the order of addresses, whatever that of the rows: the
+  // threads' single streams come out of a busy memory faster than one for each row.  Not past the end of W.
+  const uint8_t* ahead(int64_t n, int rows) const {
+    const int64_t bytes = rows * d_.K / 2;
+    return codes(n) + (codes(n) + 2 * bytes + FETCH <= d_.end ? bytes + FETCH : 0);
+  }
 
   static int64_t padded(int64_t k) { return (k + STEP - 1) / STEP * STEP; }
   template <class Half>
-  typename S::Table table(const Scales& scale, int64_t k, Half half) const {
-    return S::table(code_, scale.at(k), scale.at(STEP == 64 || half.value ? k : k + 64));
+  typename S::Table table(const float* scale, int64_t k, Half half) const {
+    return S::table(code_, scale[k / 64], scale[STEP == 64 || half.value ? k / 64 : k / 64 + 1]);
   }
 
   // Rows n .. n + NR of W by rows m0 .. m0 + MR of x.
@@ -149,8 +145,8 @@ class DotRows {
     F totals[NR][MR], sums[NR][MR];
     F odds[NR];  // of one row of x, the sums of odd elements are kept apart: they would wait for each other
     const uint8_t* packed[NR];
-    Scales scale[NR];
-    const int64_t fetched = ahead(n, NR);
+    const float* scale[NR];
+    const uint8_t* fetched = ahead(n, NR);
 #pragma GCC unroll 4
     for (int j = 0; j < NR; j++) {
       packed[j] = codes(row(n + j));
@@ -166,7 +162,7 @@ class DotRows {
 #pragma GCC unroll 4
       for (int j = 0; j < NR; j++) {
         tables[j] = table(scale[j], k, half);
-        if (STEP == 128 || !(k & 64)) __builtin_prefetch(packed[j] + k / 2 + fetched);
+        if (STEP == 128 || !(k & 64)) __builtin_prefetch(fetched + NR * (k / 2) + 64 * j);
       }
 #pragma GCC unroll 8
       for (int i = 0; i < STEP; i += SPAN)
@@ -222,10 +218,10 @@ class DotRows {
     const int64_t block = block_of<Math>(d_.K);
     for (int64_t n = n0_; n < n1_; n += DECODED) {
       const int rows = static_cast<int>(n1_ - n < DECODED ? (n1_ - n + NR - 1) / NR * NR : DECODED);
-      const int64_t fetched = ahead(n, rows);
+      const uint8_t* fetched = ahead(n, rows);
       for (int64_t k = 0; k < d_.K; k += block) {
         const int64_t length = d_.K - k < block ? d_.K - k : block;
-        for (int j = 0; j < rows; j++) decode(row(n + j), k, length, fetched, decoded + j * BLOCK);
+        for (int j = 0; j < rows; j++, fetched += length / 2) decode(row(n + j), k, length, fetched, decoded + j * BLOCK);
         dot_block<Math>(Steps<Value>{x + k * d_.M, STEP, STEP, STEP * d_.M}, d_.M, decoded, rows, padded(length), k == 0,
                         totals);
       }
@@ -239,11 +235,11 @@ class DotRows {
     }
   }
 
-  void decode(int64_t n, int64_t k0, int64_t length, int64_t fetched, Value* out) const {
-    const Scales scale = scales(n);
+  void decode(int64_t n, int64_t k0, int64_t length, const uint8_t* fetched, Value* out) const {
+    const float* scale = scales(n);
     auto step = [&](int64_t k, auto half) {
       const uint8_t* p = codes(n) + k / 2;
-      if (STEP == 128 || !(k & 64)) __builtin_prefetch(p + fetched);
+      if (STEP == 128 || !(k & 64)) __builtin_prefetch(fetched + (k - k0) / 2);
       const typename S::Table t = table(scale, k, half);
 #pragma GCC unroll 8
       for (int i = 0; i < STEP; i += SPAN)

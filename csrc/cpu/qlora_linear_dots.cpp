@@ -68,14 +68,7 @@ class Part {
     const Source factor{layer_.adapter.B, r};
     for (int64_t n1; n0 < end; n0 = n1) {
       n1 = std::min(end, n0 + chunk_);
-      const int64_t b0 = n0 * K >> shift_, b1 = ceil_div(n1 * K, w_.blocksize);
-      // blocks longer than a row may begin before n0: the kernel counts from row n0
-      const float* absmax = w_.absmax ? w_.absmax + b0 : nullptr;
-      if (!absmax) {
-        float* decoded = absmax_scratch.get<float>(b1 - b0);
-        k.decode_absmax(w_.absmax_u8, w_.absmax2, w_.code2, *w_.offset, b0, b1, decoded);
-        absmax = decoded;
-      }
+      const float* absmax = scales(n0, n1, absmax_scratch);
       const float* B = static_cast<const float*>(factor.at(n0, 0));
       if (factor.data.dtype != DType::f32 || r != rank_) {
         float* padded = B_scratch.get<float>(chunk_ * rank_);
@@ -87,13 +80,26 @@ class Part {
       if (bias.data)
         k.f32.convert(bias.dtype, static_cast<const char*>(bias.data) + n0 * itemsize(bias.dtype), n1 - n0, biases);
       fetch_factors(n1, std::min(end, n1 + chunk_));
-      dots_({w_.packed, w_.packed + ceil_div(w_.numel(), 2), w_.quant_type == QuantType::nf4 ? NF4 : FP4, absmax, shift_,
-             n0 * K - (b0 << shift_), K, w_.N, M_, x, rank_, h, B, bias.data ? biases : nullptr, layer_.y, dtype_},
+      dots_({w_.packed, w_.packed + ceil_div(w_.numel(), 2), w_.quant_type == QuantType::nf4 ? NF4 : FP4, absmax, K, w_.N, M_,
+             x, rank_, h, B, bias.data ? biases : nullptr, layer_.y, dtype_},
             n0, n1);
     }
   }
 
  private:
+  // Of every 64 weights of rows [n0, n1).
+  const float* scales(int64_t n0, int64_t n1, Scratch& scratch) const {
+    const int64_t b0 = n0 * w_.K >> shift_, b1 = ceil_div(n1 * w_.K, w_.blocksize);
+    if (w_.absmax && shift_ == 6) return w_.absmax + b0;
+    const int64_t first = n0 * w_.K / 64, count = (n1 - n0) * w_.K / 64;
+    float* out = scratch.get<float>(count);
+    if (!w_.absmax) kernels().decode_absmax(w_.absmax_u8, w_.absmax2, w_.code2, *w_.offset, b0, b1, out);
+    if (shift_ == 6) return out;
+    const float* blocks = w_.absmax ? w_.absmax + b0 : out;
+    for (int64_t i = count - 1; i >= 0; i--) out[i] = blocks[((first + i) >> (shift_ - 6)) - b0];  // backwards: in place
+    return out;
+  }
+
   // The scales and the rows of B that belong to rows [n0, n1).
   void fetch_factors(int64_t n0, int64_t n1) const {
     if (n0 >= n1) return;
