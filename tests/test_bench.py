@@ -79,8 +79,7 @@ def result_of(suite: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
 def wrong_backend(monkeypatch: pytest.MonkeyPatch, op: str, spoil: Any) -> None:
     """Registers a backend that is the reference except for one op."""
     module = ModuleType("lora_kernels.backends.wrong")
-    for name in ("unavailable", "quantize", "decode_absmax", "dequantize", "qlora_linear", "qlora_linear_backward"):
-        setattr(module, name, getattr(reference, name))
+    module.__dict__.update({name: f for name, f in vars(reference).items() if not name.startswith("_")})
     right = getattr(reference, op)
     setattr(module, op, lambda *args: spoil(right(*args)))
     monkeypatch.setitem(sys.modules, module.__name__, module)
@@ -136,7 +135,12 @@ def test_wrong_gradient_in_a_model_is_refused(monkeypatch: pytest.MonkeyPatch) -
     pytest.importorskip("peft")
     pytest.importorskip("transformers")
     [line] = bench_model.lines("train_step", CPU, "tiny", None, True, 2, 8)
-    wrong_backend(monkeypatch, "qlora_linear_backward", scaled(2, 1.3))
+
+    def spoil(out: Any) -> Any:
+        dx, dA, dB, dbias = out
+        return dx, dA, [1.3 * d for d in dB], dbias
+
+    wrong_backend(monkeypatch, "qlora_linear_group_backward", spoil)
     with lk.use_backend("reference"):
         right = line.judge(OURS, line.build(OURS).outputs())
     with lk.use_backend("wrong"):
