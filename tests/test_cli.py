@@ -73,7 +73,7 @@ def test_doctor_finds_a_wrong_result(monkeypatch):
     monkeypatch.setattr(doctor, "qlora_linear", lambda *a: right(*a) * 1.01)
     done = cli("doctor")
     assert done.exit_code == 1
-    assert "check: FAILED: AssertionError: y: relative_error" in done.output
+    assert "check: FAILED: AssertionError: y: error" in done.output
 
 
 def test_doctor_says_how_to_get_the_better_backend():
