@@ -527,7 +527,9 @@ class InputGroup:
         if of is x and with_grad is torch.is_grad_enabled() and version == _version(x):
             y = ys.pop(layer, None)
         if y is None:
-            layers = self.layers if layer in self.layers else (layer,)  # a replica of a layer computes alone
+            layers = [one for one in self.layers if one.compute_dtype == layer.compute_dtype]
+            if layer not in layers:  # a replica of one
+                layers = [layer]
             results = linears(_cast(x, layer.compute_dtype), [one._parts() for one in layers])
             ys = dict(zip(layers, results, strict=True))
             y = ys.pop(layer)
@@ -556,8 +558,8 @@ class GatedMLP:
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         layers = self._modules
         gate, up, down = layers["gate_proj"], layers["up_proj"], layers["down_proj"]
-        special = kwargs or torch.compiler.is_compiling() or _has_any_global_hook()
-        if special or not (_bare(gate) and _bare(up) and _bare(down)):
+        special = len(args) != 1 or kwargs or torch.compiler.is_compiling() or _has_any_global_hook()
+        if special or not (_bare(gate) and _bare(up) and _bare(down)) or gate.compute_dtype != up.compute_dtype:
             return super().forward(*args, **kwargs)  # type: ignore[misc, no-any-return]
         (x,) = args
         y, z = linears(_cast(x, gate.compute_dtype), (gate._parts(), up._parts()))
@@ -569,15 +571,11 @@ class GatedMLP:
         return _new_gated_mlp, (self.before,), *super().__reduce_ex__(protocol)[2:]
 
     @staticmethod
-    def convert(block: nn.Module) -> bool:
-        """In place, if that is what the block computes; whether it is."""
+    def convert(block: nn.Module) -> None:
+        """In place, if that is what the block computes."""
         layers = [block._modules.get(name) for name in ("gate_proj", "up_proj", "down_proj")]
-        if not all(map(_bare, layers)) or layers[0].compute_dtype != layers[1].compute_dtype:  # type: ignore[union-attr]
-            return False
-        if _formula(block) != "down_proj(mul(act_fn(gate_proj(x)), up_proj(x)))":
-            return False
-        block.__class__ = _gated(type(block))  # type: ignore[arg-type]
-        return True
+        if all(map(_bare, layers)) and _formula(block) == "down_proj(mul(act_fn(gate_proj(x)), up_proj(x)))":
+            block.__class__ = _gated(type(block))  # type: ignore[arg-type]
 
 
 def _bare(layer: Any) -> bool:

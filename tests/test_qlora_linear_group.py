@@ -240,6 +240,20 @@ def test_input_group_computes_anew_what_changed():
         assert torch.equal(k(x), alone(x))
 
 
+def test_a_layer_of_another_compute_dtype_leaves_the_group():
+    q, k = input_group()
+    alone = copy.deepcopy(k)
+    alone._group = None
+    k.compute_dtype = alone.compute_dtype = BF16
+    x = torch.randn(3, 64)
+    q(x)
+    assert torch.equal(k(x), alone(x))
+    mlp = gated_mlp()
+    x = torch.randn(3, 64)
+    mlp.up_proj.compute_dtype = BF16
+    assert torch.equal(mlp(x), MLP.forward(mlp, x))
+
+
 class MLP(torch.nn.Module):
     def __init__(self):
         super().__init__()
