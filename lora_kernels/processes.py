@@ -67,7 +67,7 @@ def joined() -> Iterator[None]:
 def together() -> Iterator[None]:
     """Ends all processes if the block fails in one: the first that failed raises its error, the others `AnotherProcessError`.
 
-    The block must not communicate.
+    The block must not communicate after it may have failed in one process alone.
     """
     error: Exception | None = None
     try:

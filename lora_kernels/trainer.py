@@ -231,7 +231,7 @@ class QLoRATrainer(Trainer):
             tmp.mkdir(exist_ok=True)
         try:
             self.args.output_dir = str(tmp)
-            with writing(folder / name):
+            with processes.together(), writing(folder / name):  # nothing is moved before all have written
                 super()._save_checkpoint(model, trial)
         except BaseException:
             shutil.rmtree(tmp, ignore_errors=True)

@@ -270,8 +270,20 @@ def folder(tmp_path_factory):
     return path
 
 
+ONE_IS_SLOW = """
+import os, time
+from transformers import Trainer
+from lora_kernels.cli import main
+
+save = Trainer._save_rng_state
+Trainer._save_rng_state = lambda *args: (time.sleep(float(os.environ["RANK"])), save(*args))
+main()
+"""
+
+
 def test_finetune_is_that_of_one_process(folder):
-    """The same files, and the losses and the adapter of one process with the same global batch."""
+    """The same files, and the losses and the adapter of one process with the same global batch; also where a process is late to
+    write its part of a checkpoint."""
     from rich.console import Console
     from safetensors.torch import load_file
 
@@ -279,7 +291,9 @@ def test_finetune_is_that_of_one_process(folder):
 
     options = {"lr": 1e-2, "max_steps": 7, "eval_fraction": 0.2, "evals": 1, "dtype": "float32", "grad_accum": 2}
     words = [f"--{k.replace('_', '-')}={v}" for k, v in options.items()]
-    several = ["-m", "lora_kernels.cli", "finetune", folder / "model", "--data", folder / "data.jsonl", "--out", folder / "two"]
+    program = folder / "one_is_slow.py"
+    program.write_text(ONE_IS_SLOW)
+    several = [program, "finetune", folder / "model", "--data", folder / "data.jsonl", "--out", folder / "two"]
     done = torchrun(*several, *words, "--batch-size=1")
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.count("2 processes") == done.stdout.count("log.json and loss.png are in") == 1
@@ -297,6 +311,7 @@ def test_finetune_is_that_of_one_process(folder):
         torch.testing.assert_close(b[name], a[name], rtol=1e-3, atol=1e-4)
     files = [{p.name for p in (folder / d).rglob("*") if "rng_state" not in p.name} for d in ("one", "two")]
     assert files[0] == files[1]
+    assert len(list((folder / "two").rglob("rng_state_*.pth"))) == 2 * len(list((folder / "one").rglob("rng_state.pth"))) > 0
     again = replace(settings, out=str(folder / "two"), batch_size=1, max_steps=9)
     with pytest.raises(ValueError, match="processes is 1 now and was 2"):
         finetune(again, resume=True, console=Console(quiet=True))
