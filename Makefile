@@ -22,7 +22,7 @@ test: $(INSTALLED)
 
 # On each instruction set that this CPU has; `test` runs on the best.
 test-levels: $(INSTALLED)
-	levels=$$($(BIN)/python -c "from lora_kernels import _C; print(*_C.cpu_levels())") || exit 1; for level in $$levels; do \
+	levels=$$($(BIN)/python -c "from lora_kernels.backends.native import extension; print(*extension().cpu_levels())") || exit 1; for level in $$levels; do \
 	    LORA_KERNELS_CPU_ISA=$$level $(BIN)/python -m pytest $(TESTS) || exit 1; \
 	done
 

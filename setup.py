@@ -1,29 +1,39 @@
-"""Builds `lora_kernels._C` from csrc/; everything else about the package is in pyproject.toml.
+"""Compiles csrc/ into `lora_kernels._C_torch<major>_<minor>`; everything else about the package is in pyproject.toml.
+
+The binding uses torch's C++ interface, which changes with each minor version of torch: a module is for the torch and the
+Python it was compiled for, and its name says which torch.  A package may hold several; `lora_kernels.backends.native` loads the
+one of the torch that runs.
+
+The torch compiled against is read as files (headers, libraries, version.py), never imported or downloaded: it is that of the
+Python environment that is installed into, also where the build runs isolated from it.
 
 LORA_KERNELS_BUILD says what is compiled:
-    auto  the CPU code, and the CUDA code if there is an nvcc, whatever torch's build and without need of a GPU; what fails is
-          left out with a warning (the package then runs in plain torch or Triton)
-    cpu   the CPU code; a failure is an error
-    cuda  both; a failure, or no nvcc, is an error
-    none  nothing
-LORA_KERNELS_CUDA_ARCHS: compute capabilities such as "80 90"; default: those of CUDA_ARCHS that nvcc knows.
-nvcc is looked for in CUDA_HOME, CUDA_PATH and PATH.
+    auto  the CPU code; with nvcc and an NVIDIA GPU on this machine, and a torch with CUDA, the CUDA code for that GPU too
+    cpu   the CPU code
+    cuda  both, for GPUs that need not be here
+    none  nothing: the package then computes in Triton or in plain torch
+What can't be compiled is an error that says what to do.
+LORA_KERNELS_CUDA_ARCHS: compute capabilities such as "80 90"; default: in `auto` those of the GPUs here, in `cuda` those of
+CUDA_ARCHS that nvcc knows.  nvcc is looked for in CUDA_HOME, CUDA_PATH and PATH.
+LORA_KERNELS_TORCH: the folders of the torch packages to compile against, separated as in PATH, a module for each.
 """
 
 import os
 import platform
 import re
 import shutil
+import site
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
-from copy import deepcopy
+import sysconfig
+from importlib.util import find_spec
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 
-ROOT = Path(__file__).parent
-FLAGS = ["-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden"]  # torch adds the -std that its headers need
+ROOT = Path(__file__).parent.absolute()
+FLAGS = ["-O3", "-g0", "-DNDEBUG", "-fPIC", "-ffp-contract=off", "-fvisibility=hidden"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"]
 # One object a level, each with its own flags; no other file may see them (csrc/cpu/kernels.h says why).
 ISA_FLAGS = {
@@ -34,7 +44,9 @@ ISA_FLAGS = {
 # One of each generation: the code of sm_80 runs on 86, 87 and 89, that of sm_100 on 103, that of sm_120 on 121.  The newest
 # comes as PTX too, which the driver compiles for what is newer still.
 CUDA_ARCHS = (75, 80, 90, 100, 120)
-ON_X86 = platform.machine().lower() in ("x86_64", "amd64") and sys.platform != "win32"
+ON_X86 = platform.machine().lower() in ("x86_64", "amd64")
+WITHOUT = "LORA_KERNELS_BUILD=none installs without compiled code; the package then computes in Triton or plain torch."
+OLDEST_TORCH = re.search(r'"torch>=([\d.]+)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8")).group(1)
 
 
 def build_mode() -> str:
@@ -44,14 +56,61 @@ def build_mode() -> str:
     return mode
 
 
-def warn(part: str, needs: str, mode: str, reason: object) -> None:
-    print(
-        f"\n*** lora_kernels: the {part} was NOT built ({reason}).\n"
-        f"*** The package works without it, slower.  It needs {needs} at build time:\n"
-        f"*** pip install --no-build-isolation -e .   LORA_KERNELS_BUILD={mode} makes a failure an error.\n",
-        file=sys.stderr,
-        flush=True,
-    )
+def minor_version(version: str) -> tuple[int, int]:
+    return tuple(int(n) for n in version.split(".")[:2])
+
+
+class Torch:
+    """A torch package, as its files tell.
+
+    Raises:
+        RuntimeError: it is older than this package supports, or a folder is none.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        file = folder / "version.py"
+        text = file.read_text(encoding="utf-8") if file.is_file() else ""
+        found = re.search(r"^__version__ = '([^']+)'", text, re.MULTILINE)
+        if found is None:
+            raise RuntimeError(f"{folder} is not the folder of a torch package: it has no version.py that names a version")
+        self.version = found.group(1)
+        self.with_cuda = re.search(r"^cuda\b[^=]*= '", text, re.MULTILINE) is not None
+        if minor_version(self.version) < minor_version(OLDEST_TORCH):
+            raise RuntimeError(
+                f"torch {self.version} in {folder.parent} is too old, {OLDEST_TORCH} or newer is needed: "
+                f'pip install --upgrade "torch>={OLDEST_TORCH}"'
+            )
+        self.name = "_C_torch{}_{}".format(*minor_version(self.version))
+
+    @classmethod
+    def all(cls) -> "list[Torch]":
+        """Those of LORA_KERNELS_TORCH, or the one of the environment."""
+        if given := os.environ.get("LORA_KERNELS_TORCH"):
+            return [cls(Path(folder)) for folder in given.split(os.pathsep)]
+        for folder in cls.folders():
+            if (folder / "version.py").is_file():
+                return [cls(folder)]
+        raise RuntimeError(
+            f"there is no torch in {sys.prefix}, and the C++ code is compiled for a version of it: pip install torch, then "
+            f"the same command again (with --no-build-isolation if it is not pip's).  {WITHOUT}"
+        )
+
+    @staticmethod
+    def folders() -> "list[Path]":
+        """Where torch may be.  An isolated build by pip does not see the packages beside it, but runs their Python."""
+        spec = find_spec("torch")
+        found = [Path(spec.origin).parent] if spec and spec.origin else []
+        sites = [sysconfig.get_path("platlib"), sysconfig.get_path("purelib")]
+        configuration = Path(sys.prefix, "pyvenv.cfg")
+        if not configuration.is_file() or "include-system-site-packages = true" in configuration.read_text(encoding="utf-8"):
+            base = {"base": sys.base_prefix, "platbase": sys.base_prefix}
+            sites += [
+                site.getusersitepackages(),
+                sysconfig.get_path("platlib", vars=base),
+                *site.getsitepackages([sys.base_prefix]),
+            ]
+        return found + [Path(s, "torch") for s in sites]
 
 
 class Nvcc:
@@ -61,10 +120,13 @@ class Nvcc:
         RuntimeError: there is none, or it does not know an architecture that is asked for.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, default_archs: "list[int]") -> None:
         path = self.find()
         if path is None:
-            raise RuntimeError("nvcc is neither in CUDA_HOME nor on PATH")
+            raise RuntimeError(
+                "nvcc is neither in CUDA_HOME nor in CUDA_PATH nor on PATH: install the CUDA toolkit, or leave the CUDA "
+                "code out with LORA_KERNELS_BUILD=cpu"
+            )
         self.path = path
         known = {int(n) for n in re.findall(r"compute_(\d+)\b", self.output("--list-gpu-arch"))}
         asked = os.environ.get("LORA_KERNELS_CUDA_ARCHS") or ""
@@ -74,11 +136,16 @@ class Nvcc:
             raise RuntimeError(
                 f"LORA_KERNELS_CUDA_ARCHS must be some of {' '.join(map(str, sorted(known)))} for {path}, got {asked!r}"
             )
-        self.archs = sorted(set(map(int, words)) or known.intersection(CUDA_ARCHS))
+        self.archs = sorted(set(map(int, words)) or known.intersection(default_archs))
+        if not self.archs:
+            raise RuntimeError(
+                f"{path} knows none of the compute capabilities {' '.join(map(str, default_archs))}: install a newer CUDA "
+                "toolkit, or leave the CUDA code out with LORA_KERNELS_BUILD=cpu"
+            )
         self.version = re.search(r"release ([\d.]+)", self.output("--version")).group(1)
 
     @staticmethod
-    def find() -> str | None:
+    def find() -> "str | None":
         homes = [Path(os.environ[name]) / "bin" for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
         return next(filter(None, (shutil.which("nvcc", path=str(p)) for p in homes)), shutil.which("nvcc"))
 
@@ -86,124 +153,132 @@ class Nvcc:
         done = subprocess.run([self.path, *arguments], capture_output=True, text=True, check=True)
         return done.stdout + done.stderr
 
-    def flags(self) -> list[str]:
+    def flags(self) -> "list[str]":
         archs = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in self.archs]
-        host = "/MD,/EHsc" if sys.platform == "win32" else "-fPIC,-fvisibility=hidden"
         newest = self.archs[-1]
-        return ["-O3", "-std=c++17", *archs, f"-gencode=arch=compute_{newest},code=compute_{newest}", f"-Xcompiler={host}"]
+        ptx = f"-gencode=arch=compute_{newest},code=compute_{newest}"
+        return ["-O3", "-std=c++17", *archs, ptx, "-Xcompiler=-fPIC,-fvisibility=hidden"]
 
-    def library_folders(self) -> list[str]:
+    def library_folders(self) -> "list[str]":
         """Where the CUDA runtime is; nvcc may be a script far from it."""
         line = re.search(r"LIBRARIES=(.*)", self.output("--dryrun", "-c", "x.cu"))
-        return re.findall(r'(?:-L|/LIBPATH:)([^"]+)"', line.group(1)) if line else []
+        return re.findall(r'-L([^"]+)"', line.group(1)) if line else []
 
-    def compile(self, folder: Path) -> list[str]:
-        """Objects of csrc/cuda; ninja compiles those whose sources or flags have changed."""
-        folder.mkdir(parents=True, exist_ok=True)
-        suffix = "obj" if sys.platform == "win32" else "o"
-        sources = sorted(ROOT.glob("csrc/cuda/*.cu"))
-        escaped = [str(p).replace("$", "$$").replace(":", "$:").replace(" ", "$ ") for p in sources]
-        (folder / "build.ninja").write_text(
-            f'rule nvcc\n  command = "{self.path}" {" ".join(self.flags())} -MD -MF $out.d -c $in -o $out\n'
+
+def gpus_here() -> "list[int]":
+    """Compute capabilities of the NVIDIA GPUs of this machine, as 90 for 9.0."""
+    if (program := shutil.which("nvidia-smi")) is None:
+        return []
+    query = [program, "--query-gpu=compute_cap", "--format=csv,noheader"]
+    done = subprocess.run(query, capture_output=True, text=True, check=False)
+    return sorted({int(major + minor) for major, minor in re.findall(r"^(\d+)\.(\d)$", done.stdout, re.MULTILINE)})
+
+
+class Objects:
+    """Files to compile, written to one build.ninja; ninja compiles those whose sources or flags have changed."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.rules = [
+            "rule compile\n  command = $compiler -MD -MF $out.d -c $in -o $out\n  description = compile $in\n"
             "  depfile = $out.d\n  deps = gcc\n"
-            + "".join(f"build {p.stem}.{suffix}: nvcc {e}\n" for p, e in zip(sources, escaped, strict=True))
-        )
+        ]
+
+    def add(self, sources: "list[Path]", compiler: "list[str]", folder: str) -> "list[str]":
+        """The objects of `sources`, which will be in a subfolder."""
+        objects = []
+        for source in sources:
+            target = self.folder / folder / f"{source.stem}.o"
+            self.rules.append(f"build {self.path(target)}: compile {self.path(source)}\n  compiler = {self.shell(compiler)}\n")
+            objects.append(str(target))
+        return objects
+
+    def compile(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "build.ninja").write_text("\n".join(self.rules), encoding="utf-8")
         ninja = [shutil.which("ninja")] if shutil.which("ninja") else [sys.executable, "-m", "ninja"]
         jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
-        subprocess.run([*ninja, *jobs], cwd=folder, check=True)
-        return [str(folder / f"{p.stem}.{suffix}") for p in sources]
+        if subprocess.run([*ninja, *jobs], cwd=self.folder, check=False).returncode:
+            raise RuntimeError(f"compiling csrc/ failed, see above.  {WITHOUT}")
+
+    @staticmethod
+    def path(path: Path) -> str:
+        return str(path).replace("$", "$$").replace(":", "$:").replace(" ", "$ ")
+
+    @staticmethod
+    def shell(words: "list[str]") -> str:
+        return " ".join("'" + w.replace("'", "'\\''").replace("$", "$$") + "'" for w in words)
 
 
-def extension_arguments(mode: str) -> dict:
-    """The arguments of `setup` that compile csrc/."""
+class Build(build_ext):
+    """Every module of the package; they share the objects that do not see torch."""
 
-    def warn_all(reason: object) -> None:
-        warn("C++ extension", "a C++ compiler (g++ or clang++) and torch", "cpu", reason)
+    def run(self) -> None:
+        try:
+            super().run()
+        except RuntimeError as e:  # without a traceback, which would hide it
+            raise SystemExit(f"\n*** lora_kernels: {e}\n") from None
 
+    def build_extensions(self) -> None:
+        if sys.platform == "win32":
+            raise RuntimeError(f"the C++ code is not written for Windows.  {WITHOUT}")
+        if isinstance(TORCHES, RuntimeError):
+            raise TORCHES
+        compiler = (os.environ.get("CXX") or "c++").split()
+        if shutil.which(compiler[0]) is None:
+            raise RuntimeError(
+                f"there is no C++ compiler {compiler[0]!r} on PATH: install g++ (or name one in CXX).  {WITHOUT}"
+            )
+        extra = os.environ.get("CXXFLAGS", "").split()
+        with_torch = [p for folder in ("csrc", "csrc/cpu") for p in sorted((ROOT / folder).glob("*.cpp"))]
+        levels = {level: ROOT / "csrc" / "cpu" / f"isa_{level}.cpp" for level in ISA_FLAGS}
+        with_torch = [p for p in with_torch if p not in levels.values()]
+        objects = Objects(ROOT / "build" / f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}")
+        shared, macros, link = [], [], {"libraries": ["c10", "torch", "torch_cpu", "torch_python"], "library_dirs": []}
+        if ON_X86:
+            macros.append("-DLORA_KERNELS_X86")
+            for level, source in levels.items():
+                shared += objects.add([source], [*compiler, *FLAGS, "-std=c++17", *macros, *ISA_FLAGS[level], *extra], "levels")
+        if nvcc := self.nvcc():
+            macros += [f'-DLORA_KERNELS_CUDA="{" ".join(map(str, nvcc.archs))}+ptx"', f'-DLORA_KERNELS_NVCC="{nvcc.version}"']
+            shared += objects.add(sorted((ROOT / "csrc" / "cuda").glob("*.cu")), [nvcc.path, *nvcc.flags()], "cuda")
+            link["libraries"] += ["cudart_static", "dl", "rt", "pthread"]
+            link["library_dirs"] += nvcc.library_folders()
+        openmp = ["-fopenmp"] if sys.platform.startswith("linux") else []
+        own = {}
+        for extension, torch in zip(self.extensions, TORCHES, strict=True):
+            include = [torch.folder / "include", torch.folder / "include" / "torch" / "csrc" / "api" / "include"]
+            folders = [f"-I{sysconfig.get_path('include')}", *(f"-isystem{folder}" for folder in include)]
+            names = [f"-DTORCH_EXTENSION_NAME={torch.name}", "-DTORCH_API_INCLUDE_EXTENSION_H"]
+            flags = [*FLAGS, "-std=c++20", *openmp, *macros, *names, *folders, *extra]
+            own[extension.name] = objects.add(with_torch, [*compiler, *flags], torch.name)
+        objects.compile()
+        for extension, torch in zip(self.extensions, TORCHES, strict=True):
+            target = Path(self.get_ext_fullpath(extension.name))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            self.compiler.link_shared_object(
+                [*own[extension.name], *shared],
+                str(target),
+                libraries=link["libraries"],
+                library_dirs=[str(torch.folder / "lib"), *link["library_dirs"]],
+                extra_postargs=openmp,
+                build_temp=str(objects.folder),
+                target_lang="c++",
+            )
+
+    def nvcc(self) -> "Nvcc | None":
+        if MODE == "cuda":
+            return Nvcc(list(CUDA_ARCHS))
+        wanted = MODE == "auto" and Nvcc.find() and all(torch.with_cuda for torch in TORCHES)
+        return Nvcc(archs) if wanted and (archs := gpus_here()) else None
+
+
+MODE = build_mode()
+TORCHES: "list[Torch] | RuntimeError" = []
+if MODE != "none":
     try:
-        from torch.utils.cpp_extension import BuildExtension, CppExtension, get_cxx_compiler
-    except ImportError as e:
-        if mode != "auto":
-            raise
-        warn_all(e)
-        return {}
-
-    class Build(BuildExtension):
-        def build_extensions(self) -> None:
-            extension = self.extensions[0]
-            with_cuda = mode == "cuda" or (mode == "auto" and Nvcc.find() is not None)
-            try:
-                self.build_one(deepcopy(extension), with_cuda)
-            except Exception as e:
-                if mode != "auto":
-                    raise
-                if not with_cuda:
-                    return self.build_nothing(e)
-                warn("CUDA code", "nvcc", "cuda", f"{type(e).__name__}: {e}")
-                try:
-                    self.build_one(extension, False)
-                except Exception as e:
-                    self.build_nothing(e)
-
-        def build_nothing(self, reason: Exception) -> None:
-            warn_all(f"{type(reason).__name__}: {reason}")
-            self.extensions.clear()  # an editable install would look for their files
-
-        def build_one(self, extension: CppExtension, with_cuda: bool) -> None:
-            self.extensions[:] = [extension]
-            if with_cuda:
-                self.add_cuda(extension)
-            if ON_X86:
-                extension.extra_objects += self.compile_isa_files(get_cxx_compiler())
-            super().build_extensions()
-
-        def add_cuda(self, extension: CppExtension) -> None:
-            nvcc = Nvcc()
-            self.force = True  # link even if all that is new since the last build is the wish for CUDA
-            extension.extra_objects += nvcc.compile(ROOT / "build" / "cuda")  # kept: the folder of pip is a new one each time
-            archs = f"{' '.join(map(str, nvcc.archs))}+ptx"
-            extension.define_macros += [("LORA_KERNELS_CUDA", f'"{archs}"'), ("LORA_KERNELS_NVCC", f'"{nvcc.version}"')]
-            extension.library_dirs += nvcc.library_folders()
-            extension.libraries += ["cudart_static"] + ([] if sys.platform == "win32" else ["dl", "rt", "pthread"])
-
-        def compile_isa_files(self, compiler: str) -> list[str]:
-            folder = Path(self.build_temp).absolute() / "isa"
-            folder.mkdir(parents=True, exist_ok=True)
-
-            def compile_one(level: str) -> str:
-                source, target = f"csrc/cpu/isa_{level}.cpp", folder / f"{level}.o"
-                command = [
-                    *compiler.split(),
-                    *FLAGS,
-                    "-std=c++17",
-                    "-fPIC",
-                    "-DLORA_KERNELS_X86",
-                    *ISA_FLAGS[level],
-                    "-c",
-                    source,
-                    "-o",
-                    str(target),
-                ]
-                subprocess.run(command, cwd=ROOT, check=True)
-                return str(target)
-
-            jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
-            with ThreadPoolExecutor(max(1, jobs)) as pool:
-                return list(pool.map(compile_one, ISA_FLAGS))
-
-    isa_sources = [f"csrc/cpu/isa_{level}.cpp" for level in ISA_FLAGS]
-    sources = [str(p.relative_to(ROOT)) for p in [*ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/cpu/*.cpp")]]
-    windows, openmp = sys.platform == "win32", sys.platform.startswith("linux")
-    extension = CppExtension(
-        "lora_kernels._C",
-        sorted(set(sources) - set(isa_sources)),
-        define_macros=[("LORA_KERNELS_X86", None)] if ON_X86 else [],
-        extra_compile_args=["/O2"] if windows else [*FLAGS, *(["-fopenmp"] if openmp else [])],
-        extra_link_args=["-fopenmp"] if openmp else [],
-        depends=[*isa_sources, *(str(p.relative_to(ROOT)) for p in [*ROOT.glob("csrc/**/*.h"), *ROOT.glob("csrc/cuda/*")])],
-    )
-    return {"ext_modules": [extension], "cmdclass": {"build_ext": Build}}
-
-
-mode = build_mode()
-setup(**({} if mode == "none" else extension_arguments(mode)))
+        TORCHES = Torch.all()
+    except RuntimeError as e:  # a source distribution needs none; `Build` says it
+        TORCHES = e
+names = ["_C"] if isinstance(TORCHES, RuntimeError) else [torch.name for torch in TORCHES]
+setup(ext_modules=[Extension(f"lora_kernels.{name}", []) for name in names], cmdclass={"build_ext": Build})

@@ -6,7 +6,6 @@ import datetime
 import functools
 import gc
 import hashlib
-import importlib
 import importlib.metadata
 import os
 import platform
@@ -18,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from lora_kernels.backends import native
 
 Run = Callable[[int], object]
 """Computes once, on the i-th copy of the data."""
@@ -272,8 +273,8 @@ def sources() -> str:
 def native_level() -> str | None:
     """Instruction set that the C++ backend chose, if it is built."""
     try:
-        return str(importlib.import_module("lora_kernels._C").cpu_level())
-    except ImportError:
+        return str(native.extension().cpu_level())
+    except RuntimeError:
         return None
 
 

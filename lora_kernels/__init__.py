@@ -7,6 +7,7 @@ from .adapter import load_adapter, save_adapter
 from .allocator import keep_freed_memory
 from .autograd import decode_absmax, dequantize, qlora_linear, qlora_linear_group, quantize
 from .backends import use_backend
+from .backends.native import warn_of_mismatch
 from .formats import QuantizedWeight
 from .model import Report, apply_qlora, disable_adapters, group_projections, set_adapter, verify
 from .nn import AdapterConfig, FusedQLoRALinear, MergeReport
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from .integrations.bitsandbytes import accelerate, patch_bitsandbytes, unpatch_bitsandbytes
     from .integrations.peft import enable_peft, loftq_init, merge_dense
     from .integrations.quantizer import QLoRAQuantConfig
+
+warn_of_mismatch()
 
 _LAZY = {
     "QLoRAQuantConfig": "quantizer",

@@ -67,13 +67,13 @@ def _devices() -> dict[str, str]:
     features = ", ".join(name for name in FEATURES if cpu.get(name)) or "none of interest"
     rows = {"cpu": f"{cpu.get('cpu_name') or platform.machine()}, {torch.get_num_threads()} threads, {features}"}
     try:
-        from . import _C
-
-        rows["native level"] = f"{_C.cpu_level()} (LORA_KERNELS_CPU_ISA chooses another)"
-        archs = native.cuda_archs(_C)
-        rows["native CUDA"] = f"sm_{', sm_'.join(archs)}, nvcc {_C.build_info()['nvcc']}" if archs else "not built"
-    except ImportError:
-        rows["native level"] = rows["native CUDA"] = "not built"
+        extension = native.extension()
+    except RuntimeError as e:
+        rows["native"] = str(e)
+    else:
+        archs = native.cuda_archs(extension)
+        rows["native level"] = f"{extension.cpu_level()} (LORA_KERNELS_CPU_ISA chooses another)"
+        rows["native CUDA"] = f"sm_{', sm_'.join(archs)}, nvcc {extension.build_info()['nvcc']}" if archs else "not built"
     for i in range(torch.cuda.device_count()):
         p = torch.cuda.get_device_properties(i)
         rows[f"cuda:{i}"] = f"{p.name}, sm_{p.major}{p.minor}, {p.total_memory / 1e9:.0f} GB"

@@ -47,7 +47,7 @@ def pytest_report_header() -> str:
     running = ", ".join(f"{n}: {why}" if why else n for n, why in backends.choices(CPU))
     lines = [f"random inputs: --seed {_base_seed}", f"backends of the CPU: {running}"]
     if native.unavailable(CPU) is None:
-        extension = native._extension()
+        extension = native.extension()
         lines.append(f"instruction set of native: {extension.cpu_level()} (of {', '.join(extension.cpu_levels())})")
     return "\n".join(lines)
 

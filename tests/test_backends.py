@@ -117,22 +117,21 @@ def test_native_codebooks_are_ours():
         pytest.skip(reason)
     from conftest import assert_same_bits
 
-    from lora_kernels import _C
     from lora_kernels.formats import codebook
 
     for quant_type in ("nf4", "fp4"):
-        table = torch.as_tensor(_C.codebook(quant_type), dtype=torch.float32)
+        table = torch.as_tensor(native.extension().codebook(quant_type), dtype=torch.float32)
         assert_same_bits(table, codebook(quant_type), quant_type)
 
 
 ISA_CHECK = """
 import sys, json, torch
 import lora_kernels as lk
-from lora_kernels import _C
+from lora_kernels.backends.native import extension
 from lora_kernels.testing import Case, assert_close_to_oracle, decode, make_inputs
 sys.path.insert(0, {tests!r})
 from conftest import run_ops
-assert _C.cpu_level() == {level!r}, _C.cpu_level()
+assert extension().cpu_level() == {level!r}, extension().cpu_level()
 done = 0
 with lk.use_backend("native"):
     shapes = [(0, 5, 7, 1), (1, 33, 100, 3), (17, 70, 129, 8), (65, 48, 320, 40), (3, 64, 576, 16), (33, 1, 1, 0)]
@@ -156,12 +155,12 @@ print(json.dumps(done))
 @pytest.mark.parametrize("level", ["portable", "avx2", "avx512", "avx512bf16", "amx"])
 def test_native_levels(level, seed):
     """Every instruction set that this CPU has computes the same, in an interpreter of its own."""
-    if reason := backends.load("native").unavailable(CPU):
+    native = backends.load("native")
+    if reason := native.unavailable(CPU):
         pytest.skip(reason)
-    from lora_kernels import _C
-
-    if level not in _C.cpu_levels():
-        pytest.skip(f"this CPU has {', '.join(_C.cpu_levels())}")
+    levels = native.extension().cpu_levels()
+    if level not in levels:
+        pytest.skip(f"this CPU has {', '.join(levels)}")
     code = ISA_CHECK.format(level=level, seed=seed, tests=str(__import__("pathlib").Path(__file__).parent))
     assert json.loads(python(code, LORA_KERNELS_CPU_ISA=level, LORA_KERNELS_BACKEND=None).splitlines()[-1]) == 18
 

@@ -20,7 +20,9 @@ def report(code, **env):
 
 def test_no_extras():
     """Nothing but torch and safetensors is imported, and not the compiled backend either."""
-    result = report("print(json.dumps([sorted(new), 'lora_kernels._C' in sys.modules, 'triton' in sys.modules]))")
+    result = report(
+        "print(json.dumps([sorted(new), any(m.startswith('lora_kernels._C') for m in sys.modules), 'triton' in sys.modules]))"
+    )
     extras = {
         "transformers",
         "peft",
@@ -76,49 +78,80 @@ print(lk.quantize(torch.ones(2, 64)).dequantize().sum().item())
     assert float(python(code, LORA_KERNELS_BACKEND=None).splitlines()[-1]) == 128.0
 
 
-def test_works_where_nothing_was_compiled():
-    """Without the compiled library everything runs on the reference, and `verify` says why."""
-    code = """
-import importlib.abc
+NOTHING_COMPILED = """
+import importlib, importlib.abc, pathlib
 class Missing(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
-        if name == "lora_kernels._C":
-            raise ModuleNotFoundError("No module named 'lora_kernels._C'", name=name)
+        if name.startswith("lora_kernels._C"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 sys.meta_path.insert(0, Missing())
-layer = lk.FusedQLoRALinear(64, 8, r=2)
-layer(torch.randn(3, 64)).sum().backward()
-(row,) = lk.verify(torch.nn.Sequential(layer)).rows
+real = pathlib.Path.glob
+pathlib.Path.glob = lambda self, pattern: iter(FILES) if "_C" in pattern else real(self, pattern)
+warnings.simplefilter("always")
+"""
+
+
+def test_works_where_nothing_was_compiled():
+    """Without the compiled library everything runs on the reference; one warning and `verify` say why, and what to do."""
+    code = f"""
+FILES = []
+{NOTHING_COMPILED}
+with warnings.catch_warnings(record=True) as caught:
+    layer = lk.FusedQLoRALinear(64, 8, r=2)
+    layer(torch.randn(3, 64)).sum().backward()
+    (row,) = lk.verify(torch.nn.Sequential(layer)).rows
 try:
     with lk.use_backend("native"):
         layer(torch.randn(3, 64))
 except RuntimeError as e:
     error = str(e)
-print(json.dumps([row.backend, row.fused, row.reason, error]))
+print(json.dumps([row.backend, row.fused, row.reason, error, [str(w.message) for w in caught]]))
 """
-    backend, fused, reason, error = report(code)
+    backend, fused, reason, error, warned = report(code)
     assert (backend, fused) == ("reference", False)
-    for text in (reason, error):
-        assert "pip install" in text
+    assert len(warned) == 1
+    for text in (reason, error, *warned):
+        assert "is not built: pip install" in text
     assert "native" in reason
 
 
-def test_library_of_another_torch():
-    """A compiled library that does not load is a reason, not a crash."""
+def test_libraries_for_other_versions():
+    """Where all that was compiled is for other versions of torch or Python, the import says so in one line."""
+    code = f"""
+FILES = [pathlib.Path("_C_torch2_11.cpython-39-x86_64-linux-gnu.so")]
+{NOTHING_COMPILED}
+with warnings.catch_warnings(record=True) as caught:
+    importlib.reload(lk)
+    lk.quantize(torch.ones(2, 64))
+print(json.dumps([[str(w.message) for w in caught], torch.__version__, sys.version.split()[0]]))
+""".replace("FILES = [pathlib", "import pathlib; FILES = [pathlib")
+    (warned,), torch_version, python_version = report(code)
+    for word in (torch_version, python_version, "_C_torch2_11.cpython-39", ": pip install"):
+        assert word in warned
+    assert "\n" not in warned
+
+
+def test_library_that_does_not_load():
+    """A compiled library that does not load is a reason and a warning, not a crash."""
     code = """
 import importlib.abc
 class Broken(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
-        if name == "lora_kernels._C":
+        if name.startswith("lora_kernels._C"):
             raise ImportError("undefined symbol: _ZN2at")
 sys.meta_path.insert(0, Broken())
 from lora_kernels import backends
 cpu = torch.device("cpu")
-print(json.dumps([backends.pick(cpu).__name__, dict(backends.choices(cpu))["native"]]))
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    picked = backends.pick(cpu).__name__
+print(json.dumps([picked, dict(backends.choices(cpu))["native"], *(str(w.message) for w in caught)]))
 """
-    picked, reason = report(code)
+    picked, reason, warned = report(code)
     assert picked.endswith("reference")
-    assert "undefined symbol" in reason
-    assert "build it again" in reason
+    for text in (reason, warned):
+        assert "undefined symbol" in text
+        assert "build it again: pip install" in text
 
 
 def test_public_names():

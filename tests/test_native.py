@@ -181,14 +181,14 @@ def _group_results(M: int, dtype: torch.dtype) -> testing.Results:
 
 def _run_level() -> None:
     digests = {name: digest(out) for name, out in _level_results()}
-    print(json.dumps({"level": native._extension().cpu_level(), "threads": torch.get_num_threads(), "digests": digests}))
+    print(json.dumps({"level": native.extension().cpu_level(), "threads": torch.get_num_threads(), "digests": digests}))
 
 
 def _levels() -> list[str]:
     """All that this CPU has, or the one that is forced."""
     if native.unavailable(torch.device("cpu")):
         return []
-    extension = native._extension()
+    extension = native.extension()
     return [extension.cpu_level()] if os.environ.get("LORA_KERNELS_CPU_ISA") else extension.cpu_levels()
 
 
@@ -206,7 +206,7 @@ def test_level_is_right_and_threads_do_not_change_a_bit(level: str):
 
 
 def test_amx_is_the_best_level_where_the_cpu_has_it():
-    levels = native._extension().cpu_levels()
+    levels = native.extension().cpu_levels()
     if "amx" not in levels:
         pytest.skip(f"this CPU has {', '.join(levels)}")
     assert (levels[0] == "amx") == (torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx())
@@ -237,7 +237,7 @@ def test_layer_works_in_half_of_a_16_bit_weight():
 
 
 def test_unknown_level_names_the_levels():
-    command = "from lora_kernels.backends import native; native._extension()"
+    command = "from lora_kernels.backends import native; native.extension()"
     environment = os.environ | {"LORA_KERNELS_CPU_ISA": "mmx"}
     run = subprocess.run([sys.executable, "-c", command], env=environment, capture_output=True, text=True, timeout=120)
     assert run.returncode != 0 and "portable" in run.stderr and "mmx" in run.stderr

@@ -1,19 +1,62 @@
-"""The compiled backend: one call per op into `lora_kernels._C`, C++ from csrc/cpu for CPU tensors and CUDA from csrc/cuda for
-those of a GPU."""
+"""The compiled backend: one call per op into C++ from csrc/cpu for CPU tensors and CUDA from csrc/cuda for those of a GPU.
+
+A compiled module is for one Python and for one minor version of torch, which its name says (`lora_kernels._C_torch2_13`); the
+package may hold several.
+"""
 
 import functools
 import importlib
+import platform
+import warnings
 from collections.abc import Sequence
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..formats import DYNAMIC_MAP, QuantizedWeight
+from ..version import __version__
 from . import FlatLayer, Layer
 
-_BUILD = "pip install --no-build-isolation -e . (needs g++)"
-_BUILD_CUDA = "LORA_KERNELS_BUILD=cuda pip install --no-build-isolation -e . (needs g++ and nvcc)"
+_PACKAGE = Path(__file__).parents[1]
+_IN_A_CLONE = (_PACKAGE.parent / "setup.py").is_file()
+BUILD = (
+    f"pip install --no-build-isolation -e {_PACKAGE.parent}"
+    if _IN_A_CLONE
+    else f"pip install --force-reinstall --no-deps --no-cache-dir --no-binary lora_kernels lora_kernels=={__version__}"
+) + " (needs g++)"
+"""The command that compiles the module for the Python and the torch that run."""
+_BUILD_CUDA = f"LORA_KERNELS_BUILD=cuda {BUILD.replace('g++', 'g++ and nvcc')}"
+_TORCH = ".".join(torch.__version__.split(".")[:2])
+MODULE = f"lora_kernels._C_torch{_TORCH.replace('.', '_')}"
+
+
+def mismatch() -> str | None:
+    """Why none of the compiled modules of this package is for the Python and the torch that run, or None; nothing is loaded."""
+    files = sorted(file.name for file in _PACKAGE.glob("_C_torch*.so"))
+    if any(MODULE.rpartition(".")[2] + suffix in files for suffix in EXTENSION_SUFFIXES):
+        return None
+    if not files:
+        return f"the C++ extension is not built: {BUILD}"
+    return (
+        f"the C++ extension is not built for torch {torch.__version__} and Python {platform.python_version()}, only as "
+        f"{', '.join(files)}: {BUILD}"
+    )
+
+
+def warn_of_mismatch() -> None:
+    """For the import of the package: one line where modules were compiled and none of them is for this torch and Python."""
+    reason = mismatch()
+    if reason is not None and " only as " in reason:
+        _warn(reason)
+
+
+@functools.cache
+def _warn(reason: str) -> None:
+    """Once a reason: without the extension, what runs on a CPU takes many times as long."""
+    warnings.warn(f"lora_kernels computes on a CPU in plain torch, slowly: {reason}", RuntimeWarning, stacklevel=2)
 
 
 @functools.cache
@@ -24,40 +67,40 @@ def _load() -> tuple[Any, str | None]:
         ValueError: LORA_KERNELS_CPU_ISA names a level that this CPU does not have.
     """
     try:
-        extension = importlib.import_module("lora_kernels._C")
-        extension.cpu_level()
+        module = importlib.import_module(MODULE)
+        module.cpu_level()
     except ModuleNotFoundError:
-        return None, f"the C++ extension is not built: {_BUILD}"
-    except ImportError as e:  # compiled for another torch or Python, or a shared library is missing
-        return None, f"the C++ extension can't be loaded: {e}; build it again for torch {torch.__version__}: {_BUILD}"
-    built, running = extension.build_info()["torch"], torch.__version__
-    if built.split("+")[0] != running.split("+")[0]:
-        return None, f"the C++ extension was built for torch {built}, this is torch {running}; build it again: {_BUILD}"
-    return extension, None
+        reason = mismatch() or f"{MODULE} is not found: {BUILD}"
+    except ImportError as e:  # a shared library is missing, or torch is not what its version says
+        reason = f"the C++ extension can't be loaded with torch {torch.__version__}: {e}; build it again: {BUILD}"
+    else:
+        return module, None
+    _warn(reason)
+    return None, reason
 
 
 @functools.cache
 def unavailable(device: torch.device) -> str | None:
     if device.type not in ("cpu", "cuda"):
         return f"the C++ extension has no code for {device.type} tensors, only for cpu and cuda"
-    extension, reason = _load()
+    module, reason = _load()
     if reason is not None or device.type == "cpu":
         return reason
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
     if device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
-    return _unavailable_cuda(extension, device)
+    return _unavailable_cuda(module, device)
 
 
-def cuda_archs(extension: Any) -> list[str]:
+def cuda_archs(module: Any) -> list[str]:
     """The compute capabilities that the CUDA code is compiled for, such as "80"; "90+ptx" runs on all newer ones too."""
-    return extension.build_info().get("cuda_archs", "").split()
+    return module.build_info().get("cuda_archs", "").split()
 
 
 @functools.cache
-def _unavailable_cuda(extension: Any, device: torch.device) -> str | None:
-    archs = cuda_archs(extension)
+def _unavailable_cuda(module: Any, device: torch.device) -> str | None:
+    archs = cuda_archs(module)
     if not archs:
         return f"the C++ extension was built without CUDA code: {_BUILD_CUDA}"
     capability = torch.cuda.get_device_capability(device)
@@ -67,8 +110,8 @@ def _unavailable_cuda(extension: Any, device: torch.device) -> str | None:
             f"the C++ extension has CUDA code for sm_{', sm_'.join(archs)}, this GPU is sm_{own}: "
             f"LORA_KERNELS_CUDA_ARCHS={own} {_BUILD_CUDA}"
         )
-    if problem := extension.cuda_problem():
-        return f"the CUDA {extension.build_info()['nvcc']} runtime of the C++ extension finds no GPU: {problem}"
+    if problem := module.cuda_problem():
+        return f"the CUDA {module.build_info()['nvcc']} runtime of the C++ extension finds no GPU: {problem}"
     return None
 
 
@@ -79,11 +122,16 @@ def _runs_on(arch: str, capability: tuple[int, int]) -> bool:
     return compiled <= capability and (compiled[0] == capability[0] or bool(ptx))
 
 
-def _extension() -> Any:
-    extension, reason = _load()
-    if extension is None:
+def extension() -> Any:
+    """The compiled module.
+
+    Raises:
+        RuntimeError: it can't be used; the message says why and what to do.
+    """
+    module, reason = _load()
+    if module is None:
         raise RuntimeError(reason)
-    return extension
+    return module
 
 
 def _flat(layers: Sequence[Layer]) -> list[tuple[Any, ...]]:
@@ -94,15 +142,15 @@ def _flat(layers: Sequence[Layer]) -> list[tuple[Any, ...]]:
 def quantize(
     weight: Tensor, quant_type: str, blocksize: int, double_quant: bool
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    return _extension().quantize(weight, quant_type, blocksize, DYNAMIC_MAP if double_quant else None)
+    return extension().quantize(weight, quant_type, blocksize, DYNAMIC_MAP if double_quant else None)
 
 
 def decode_absmax(absmax: Tensor, absmax2: Tensor, code2: Tensor, offset: Tensor) -> Tensor:
-    return _extension().decode_absmax(absmax, absmax2, code2, offset)
+    return extension().decode_absmax(absmax, absmax2, code2, offset)
 
 
 def dequantize(qw: QuantizedWeight, dtype: torch.dtype) -> Tensor:
-    return _extension().dequantize(*qw.op_args(), dtype)
+    return extension().dequantize(*qw.op_args(), dtype)
 
 
 def qlora_linear(
@@ -125,7 +173,7 @@ def qlora_linear_autograd(x: Tensor, layers: Sequence[FlatLayer]) -> list[Tensor
     an argument is not what the contract asks for.
     """
     try:
-        return _extension().qlora_linear_autograd(x, layers)
+        return extension().qlora_linear_autograd(x, layers)
     except TypeError:  # pybind11's, of an argument that is not even a tensor, number or string where it should be
         return None
 
@@ -148,7 +196,7 @@ def qlora_linear_backward(
 
 
 def qlora_linear_group(x: Tensor, layers: Sequence[Layer]) -> tuple[list[Tensor], list[Tensor]]:
-    return _extension().qlora_linear(x, _flat(layers))
+    return extension().qlora_linear(x, _flat(layers))
 
 
 def qlora_linear_group_backward(
@@ -159,4 +207,4 @@ def qlora_linear_group_backward(
     need_dx: bool,
     needs: Sequence[tuple[bool, bool, bool]],
 ) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None], list[Tensor | None]]:
-    return _extension().qlora_linear_backward(dys, x, hs, _flat(layers), need_dx, needs)
+    return extension().qlora_linear_backward(dys, x, hs, _flat(layers), need_dx, needs)

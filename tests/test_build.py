@@ -1,0 +1,96 @@
+"""What setup.py finds and refuses before it compiles anything; nothing here compiles."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="needs the source tree")
+
+ISOLATED = """
+# as in an isolated build: the packages of the environment are not to be seen, those beside this file are
+import sys, sysconfig
+hidden = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
+sys.path[:] = [p for p in sys.path if p not in hidden]
+"""
+
+
+def build(tmp_path: Path, isolated: bool = True, **environment: str) -> str:
+    """What `setup.py build_ext` says on standard error; it must fail, and leave nothing behind."""
+    for module in ("setuptools", "_distutils_hack"):
+        target = tmp_path / "site" / module
+        target.parent.mkdir(exist_ok=True)
+        target.symlink_to(Path(importlib.util.find_spec(module).origin).parent)
+    if isolated:
+        (tmp_path / "site" / "sitecustomize.py").write_text(ISOLATED)
+    out = tmp_path / "out"
+    command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(out), "--build-temp", str(out)]
+    env = os.environ | {"PYTHONPATH": str(tmp_path / "site"), "LORA_KERNELS_BUILD": "cpu"} | environment
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode != 0, done.stdout
+    assert "Traceback" not in done.stderr
+    assert not out.exists()
+    return done.stderr
+
+
+def torch_folder(tmp_path: Path, version: str) -> str:
+    folder = tmp_path / version / "torch"
+    folder.mkdir(parents=True)
+    (folder / "version.py").write_text(f"__version__ = '{version}'\ncuda: Optional[str] = None\n")
+    return str(folder)
+
+
+def test_torch_of_the_environment_is_found_from_an_isolated_build(tmp_path):
+    """All goes well as far as the compiler, which is missing."""
+    assert "no C++ compiler 'no-such-compiler'" in build(tmp_path, CXX="no-such-compiler")
+
+
+def test_no_torch(tmp_path):
+    from venv import EnvBuilder
+
+    EnvBuilder(symlinks=True).create(tmp_path / "empty")
+    (tmp_path / "site").mkdir()
+    for module in ("setuptools", "_distutils_hack"):
+        (tmp_path / "site" / module).symlink_to(Path(importlib.util.find_spec(module).origin).parent)
+    env = os.environ | {"PYTHONPATH": str(tmp_path / "site"), "LORA_KERNELS_BUILD": "auto"}
+    command = [str(tmp_path / "empty" / "bin" / "python"), "setup.py"]
+    done = subprocess.run([*command, "build_ext"], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert f"there is no torch in {tmp_path / 'empty'}" in done.stderr
+    for words in ("pip install torch", "LORA_KERNELS_BUILD=none"):
+        assert words in done.stderr
+    done = subprocess.run([*command, "--name"], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert done.stdout.strip().endswith("lora_kernels"), "what compiles nothing needs no torch"
+
+
+def test_torch_that_is_too_old(tmp_path):
+    said = build(tmp_path, LORA_KERNELS_TORCH=torch_folder(tmp_path, "2.8.1+cu126"))
+    assert "torch 2.8.1+cu126" in said
+    assert "is too old, 2.11 or newer is needed: pip install --upgrade" in said
+
+
+def test_folder_that_is_no_torch(tmp_path):
+    assert f"{tmp_path} is not the folder of a torch package" in build(tmp_path, LORA_KERNELS_TORCH=str(tmp_path))
+
+
+def test_several_torches_are_a_module_each(tmp_path):
+    """All goes well as far as the compiler, which is missing."""
+    folders = os.pathsep.join(torch_folder(tmp_path, v) for v in ("2.12.1", "2.100.0a1+git"))
+    assert "no C++ compiler" in build(tmp_path, LORA_KERNELS_TORCH=folders, CXX="no-such-compiler")
+
+
+def test_no_cuda_compiler(tmp_path):
+    compiler = tmp_path / "bin" / "c++"
+    compiler.parent.mkdir()
+    compiler.touch(0o755)
+    said = build(tmp_path, LORA_KERNELS_BUILD="cuda", PATH=str(compiler.parent), CUDA_HOME="", CUDA_PATH="")
+    assert "nvcc is neither in CUDA_HOME" in said
+    assert "LORA_KERNELS_BUILD=cpu" in said
+
+
+def test_unknown_mode(tmp_path):
+    assert "LORA_KERNELS_BUILD must be auto, cpu, cuda or none, got 'gpu'" in build(tmp_path, LORA_KERNELS_BUILD="gpu")
