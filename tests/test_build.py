@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from lora_kernels.backends import native
+
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="needs the source tree")
 
@@ -77,10 +79,22 @@ def test_folder_that_is_no_torch(tmp_path):
     assert f"{tmp_path} is not the folder of a torch package" in build(tmp_path, LORA_KERNELS_TORCH=str(tmp_path))
 
 
-def test_several_torches_are_a_module_each(tmp_path):
-    """All goes well as far as the compiler, which is missing."""
-    folders = os.pathsep.join(torch_folder(tmp_path, v) for v in ("2.12.1", "2.100.0a1+git"))
-    assert "no C++ compiler" in build(tmp_path, LORA_KERNELS_TORCH=folders, CXX="no-such-compiler")
+def test_a_module_for_each_torch(tmp_path):
+    """Named after the minor version, which is what the package looks for when it runs."""
+    code = """
+import setuptools
+setuptools.setup = lambda ext_modules, **rest: print([e.name for e in ext_modules])
+exec(open("setup.py").read(), {"__file__": "setup.py"})
+"""
+
+    def modules(folders: str) -> str:
+        env = os.environ | {"LORA_KERNELS_TORCH": folders, "LORA_KERNELS_BUILD": "cpu"}
+        command = [sys.executable, "-c", code]
+        return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True).stdout.strip()
+
+    two = os.pathsep.join(torch_folder(tmp_path, v) for v in ("2.12.1", "2.100.0a1+git"))
+    assert modules(two) == "['lora_kernels._C_torch2_12', 'lora_kernels._C_torch2_100']"
+    assert modules("") == f"[{native.MODULE!r}]"
 
 
 def test_no_cuda_compiler(tmp_path):
