@@ -1,33 +1,51 @@
 # demo, test, test-levels, bench and lint work from a fresh clone: the first one run makes .venv, installs and builds.
+#
+# Installed are the versions of constraints/python3.X.txt, the same today and in a year; `make lock` writes these files anew.
+# test-oldest and test-latest run the same tests with the oldest versions that pyproject.toml allows and with the newest there are.
 PYTHON ?= python3
-# Installed first, so that nothing pulls a larger build of torch; 2.13.0 is a CPU build on the machines without a GPU.
-TORCH ?= torch==2.13.0
-BIN := .venv/bin
+VENV ?= .venv
+BIN = $(VENV)/bin
+VERSION := $(shell $(PYTHON) -c "import sys; print('%d.%d' % sys.version_info[:2])" 2>/dev/null)
+VERSIONS := 3.10 3.11 3.12 3.13 3.14
+CONSTRAINTS ?= constraints/python$(VERSION).txt
+EXTRAS ?= all,dev
+PIP = $(BIN)/python -m pip --quiet --disable-pip-version-check
+INSTALL = $(PIP) install $(UPGRADE) $(if $(wildcard $(CONSTRAINTS)),-c $(CONSTRAINTS))
 MODEL := demo/SmolLM2-135M-Instruct
-INSTALLED := .venv/.installed
 # These targets run on the CPU, and the CUDA code takes minutes to compile: `make gpu` is for machines that need it.
 export LORA_KERNELS_BUILD ?= cpu
 # Those that compute in the CPU kernels, for test-levels; TESTS=tests takes all.
 KERNEL_TESTS := native quantize dequantize decode_absmax formats qlora_linear qlora_linear_group nn model training bitsandbytes
 TESTS ?= $(KERNEL_TESTS:%=tests/test_%.py)
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
+# A wheel holds a compiled module for each of these versions of torch.
+WHEEL_TORCH ?= 2.11.0 2.12.0 2.13.0 2.14.1 2.15.0
 
-.PHONY: demo test test-levels lint format bench gpu clean
+.PHONY: demo test test-levels test-oldest test-latest lint format bench gpu lock torches wheel sdist clean python
 
-demo: $(INSTALLED)
+demo: $(VENV)/.installed
 	$(BIN)/lora-kernels demo
 
-test: $(INSTALLED)
+test: $(VENV)/.installed
 	$(BIN)/python -m pytest
 
 # On each instruction set that this CPU has; `test` runs on the best.
-test-levels: $(INSTALLED)
-	levels=$$($(BIN)/python -c "from lora_kernels.backends.native import extension; print(*extension().cpu_levels())") || exit 1; for level in $$levels; do \
-	    LORA_KERNELS_CPU_ISA=$$level $(BIN)/python -m pytest $(TESTS) || exit 1; \
-	done
+test-levels: $(VENV)/.installed
+	levels=$$($(BIN)/python -c "from lora_kernels.backends.native import extension; print(*extension().cpu_levels())") || exit 1; \
+	for level in $$levels; do LORA_KERNELS_CPU_ISA=$$level $(BIN)/python -m pytest $(TESTS) || exit 1; done
+
+test-oldest:
+	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints/oldest.txt EXTRAS=all
+
+# What is newer than the lock comes last: it is where to look if a test failed.
+test-latest:
+	rm -f .venv-latest/.installed
+	status=0; $(MAKE) test VENV=.venv-latest CONSTRAINTS= UPGRADE="--upgrade --upgrade-strategy eager" EXTRAS=all || status=$$?; \
+	echo "Versions that are not those of constraints/python$(VERSION).txt:"; \
+	.venv-latest/bin/python -m pip freeze --exclude-editable | grep -vxFf constraints/python$(VERSION).txt; exit $$status
 
 # Against every rival that is importable; SmolLM2-135M itself where `make demo` left it, else random weights of its shape.
-bench: $(INSTALLED)
+bench: $(VENV)/.installed
 	$(BIN)/python -m bench run all --device cpu $(if $(wildcard $(MODEL)),--model $(MODEL)) --minutes 9 --save
 	$(BIN)/python -m bench report
 
@@ -37,20 +55,55 @@ gpu:
 	status=0; $(PYTHON) -m pytest -q tests/test_gpu.py tests/test_triton.py || status=$$?; \
 	$(PYTHON) -m bench run all --device cuda --minutes 5.5 --save || status=$$?; exit $$status
 
-lint: $(INSTALLED)
+lint: $(VENV)/.installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" pre-commit run --all-files
 
-format: $(INSTALLED)
+format: $(VENV)/.installed
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
 	find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format -i
 
-$(INSTALLED): $(SOURCES)
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install --quiet --disable-pip-version-check "$(TORCH)"
-	$(BIN)/pip install --quiet --disable-pip-version-check "setuptools>=77" wheel ninja pybind11
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation -e ".[all,dev]"
+# Newest versions but for what constraints/lock.in says.  UV="--upgrade-package NAME" moves one package alone.
+UV ?= --upgrade
+lock:
+	test -x build/uv/bin/uv || { $(PYTHON) -m venv build/uv && build/uv/bin/pip install --quiet uv; }
+	compile() { build/uv/bin/uv pip compile --quiet --universal --no-emit-index-url --custom-compile-command "make lock" $(UV) "$$@"; }; \
+	for v in $(VERSIONS); do \
+	    compile --python-version $$v --all-extras -o constraints/python$$v.txt pyproject.toml constraints/lock.in || exit 1; \
+	done; \
+	compile --python-version 3.10 --resolution lowest-direct --extra all -o constraints/oldest.txt pyproject.toml constraints/oldest.in
+
+# The wheel of this machine, tried in an empty environment, in another folder and with no compiler to be found.
+wheel: $(VENV)/.installed torches
+	rm -f dist/*.whl
+	LORA_KERNELS_TORCH="build/torch-*/torch" $(PIP) wheel --no-deps --no-build-isolation --wheel-dir dist .
+	rm -rf build/smoke && $(PYTHON) -m venv build/smoke
+	build/smoke/bin/pip install --quiet $(if $(wildcard $(CONSTRAINTS)),-c $(CONSTRAINTS)) torch
+	build/smoke/bin/pip install --quiet $(if $(wildcard $(CONSTRAINTS)),-c $(CONSTRAINTS)) "$$(echo dist/*.whl)[cli]"
+	cd build/smoke && PATH=$(CURDIR)/build/smoke/bin lora-kernels doctor && PATH=$(CURDIR)/build/smoke/bin python $(CURDIR)/tests/smoke.py
+
+# The files of those versions of torch, to compile against; they are not imported.
+torches:
+	for v in $(WHEEL_TORCH); do test -f build/torch-$$v/torch/version.py || \
+	    $(PYTHON) -m pip install --quiet --no-deps --target build/torch-$$v torch==$$v || exit 1; done
+
+sdist: $(VENV)/.installed
+	$(BIN)/python -c "import setuptools.build_meta as b; print(b.build_sdist('dist'))"
+
+$(VENV)/.installed: $(SOURCES) $(wildcard $(CONSTRAINTS)) | python
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(INSTALL) torch setuptools wheel ninja
+	$(INSTALL) --no-build-isolation -e ".[$(EXTRAS)]"
 	touch $@
 
+# One line if this Python, or the one of an environment that is already here, will not do.
+python:
+	@test -n "$(VERSION)" || { echo "*** PYTHON=$(PYTHON) is not to be found; Python $(VERSIONS) will do: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@case " $(VERSIONS) " in *" $(VERSION) "*) ;; *) echo "*** $(PYTHON) is Python $(VERSION), one of $(VERSIONS) is needed: \
+	make PYTHON=/path/to/python3" >&2; exit 1;; esac
+	@test ! -x $(BIN)/python || $(BIN)/python -c "import sys; sys.exit('%d.%d' % sys.version_info[:2] != '$(VERSION)')" || { \
+	echo "*** $(VENV) holds another Python than $(PYTHON), which is $(VERSION): make clean first, or VENV=.venv$(VERSION) for one beside it" \
+	>&2; exit 1; }
+
 clean:
-	rm -rf .venv build demo lora_kernels/*.so *.egg-info
+	rm -rf .venv* build demo lora_kernels/*.so *.egg-info

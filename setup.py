@@ -15,7 +15,8 @@ LORA_KERNELS_BUILD says what is compiled:
 What can't be compiled is an error that says what to do.
 LORA_KERNELS_CUDA_ARCHS: compute capabilities such as "80 90"; default: in `auto` those of the GPUs here, in `cuda` those of
 CUDA_ARCHS that nvcc knows.  nvcc is looked for in CUDA_HOME, CUDA_PATH and PATH.
-LORA_KERNELS_TORCH: the folders of the torch packages to compile against, separated as in PATH, a module for each.
+LORA_KERNELS_TORCH: which torch packages to compile against, a module for each: their folders, separated as in PATH; may be
+patterns, and start here, as build/torch-*/torch.
 """
 
 import os
@@ -26,6 +27,7 @@ import site
 import subprocess
 import sys
 import sysconfig
+from glob import glob
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -87,7 +89,8 @@ class Torch:
     def all(cls) -> "list[Torch]":
         """Those of LORA_KERNELS_TORCH, or the one of the environment."""
         if given := os.environ.get("LORA_KERNELS_TORCH"):
-            return [cls(Path(folder)) for folder in given.split(os.pathsep)]
+            patterns = [str(ROOT / word) for word in given.split(os.pathsep)]
+            return [cls(Path(folder)) for pattern in patterns for folder in sorted(glob(pattern)) or [pattern]]
         for folder in cls.folders():
             if (folder / "version.py").is_file():
                 return [cls(folder)]
