@@ -4,6 +4,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -108,3 +109,20 @@ def test_no_cuda_compiler(tmp_path):
 
 def test_unknown_mode(tmp_path):
     assert "LORA_KERNELS_BUILD must be auto, cpu, cuda or none, got 'gpu'" in build(tmp_path, LORA_KERNELS_BUILD="gpu")
+
+
+def test_source_distribution_holds_what_its_tests_need(tmp_path):
+    code = "import setuptools.build_meta as b, sys; print(b.build_sdist(sys.argv[1]))"
+    env = os.environ | {"LORA_KERNELS_BUILD": "none"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, env=env, capture_output=True, text=True, check=True
+    )
+    archive = tmp_path / done.stdout.split()[-1]
+    with tarfile.open(archive) as tar:
+        held = {name.partition("/")[2] for name in tar.getnames()}
+    folders = ("csrc", "lora_kernels", "tests", "bench", "docs", "constraints")
+    files = [p.relative_to(ROOT) for folder in folders for p in (ROOT / folder).rglob("*") if p.is_file()]
+    ours = {p.as_posix() for p in files if p.suffix not in (".so", ".pyc")}
+    assert ours <= held, sorted(ours - held)
+    assert {"Makefile", "README.md", "LICENSE", "pyproject.toml", "setup.py", ".pre-commit-config.yaml"} <= held
+    assert not [name for name in held if name.endswith((".so", ".pyc"))]
