@@ -29,7 +29,7 @@ from . import targets as targets_
 from . import tune as tune_
 from .measure import QUICK, Effort, environment
 from .plot import draw
-from .suite import OURS, Line, run_suite, write_json, wrong_lines
+from .suite import OURS, Line, run_suite, write_json, write_text, wrong_lines
 
 warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 app = typer.Typer(help="Benchmarks of lora_kernels, side by side with what one would use instead.", no_args_is_help=True)
@@ -203,18 +203,21 @@ def effort_of(suite: str, device: torch.device, seconds: float) -> Effort:
 
 @app.command()
 def report(
-    readme: Annotated[Path, typer.Option(help="file that holds the markers")] = report_.ROOT / "README.md",
+    readme: Annotated[Path, typer.Option(help="file that gets the summary between its markers")] = report_.ROOT / "README.md",
+    page: Annotated[Path, typer.Option(help="file that gets everything; a picture of all suites beside it")] = report_.PAGE,
     results: Annotated[Path, typer.Option(help="folder of result files")] = report_.RESULTS,
 ) -> None:
-    """Writes the README's section on speed, and its pictures, from the result files."""
+    """Writes the page of all results, the README's summary and the pictures from the result files."""
     found = report_.load(results)
     if not found:
         fail(f"no results in {results}: python -m bench run all --json {results}/cpu")
     try:
-        report_.update(readme, report_.section(found, readme.resolve().parent))
+        report_.update(readme, report_.section(found))
+        write_text(page, report_.page(found, page.resolve().parent))
+        report_.pictures(found, page.resolve().parent)
     except (OSError, ValueError, ImportError) as e:
         fail(str(e))
-    typer.echo(f"{readme}: {len(found)} suites")
+    typer.echo(f"{readme}, {page}: {len(found)} suites")
 
 
 @app.command()

@@ -37,6 +37,7 @@ GROUPS = {
     "bf16 nn.Linear, no adapter": ("dense",),
     "bf16 + PEFT": ("dense+peft",),
     "bitsandbytes (+ PEFT), best setting": ("bnb", "bnb+peft", "bnb+peft-autocast", "bnb+peft-bf16", "bnb-inference+peft"),
+    "bitsandbytes repacked, no adapter": ("bnb-inference",),
     "torchao NF4": ("torchao",),
     "Unsloth": ("unsloth",),
     "LoRAFusion": ("lorafusion", "lorafusion-nf4"),

@@ -1,11 +1,13 @@
-"""One picture a suite: how much faster ours is than each rival, line by line, and how close to the ceiling it comes."""
+"""One picture a suite: how much faster ours is than each rival, line by line, and how close to the ceiling it comes.  One
+picture of all suites: from the worst line to the best."""
 
 from __future__ import annotations
 
 import math
 import textwrap
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from . import grid
 from .names import SUITES, plain
@@ -126,3 +128,91 @@ def _bars(axis: Any, rows: list[dict[str, Any]], ours: str, memory: bool) -> Non
     axis.tick_params(length=0)
     axis.spines[:].set_visible(False)
     axis.spines["left"].set_visible(True)
+
+
+# ---- all suites
+
+
+class Span(NamedTuple):
+    """Ratios of a suite to a rival: of its worst line, the geometric mean of all, of its best."""
+
+    worst: float
+    mean: float
+    best: float
+
+
+LIGHT = {"back": "#ffffff", "text": "#1f2328", "faint": "#d1d9e0", "win": "#0969da", "loss": "#cf222e"}
+DARK = {"back": "#0d1117", "text": "#f0f6fc", "faint": "#3d444d", "win": "#58a6ff", "loss": "#ff7b72"}
+"""Of the two themes in which GitHub shows a README."""
+
+
+def draw_overview(rivals: Sequence[str], rows: Mapping[str, Sequence[Span | None]], where: str, path: Path, dark: bool) -> None:
+    """Writes a picture with a panel for each rival and a row for each suite: a line from the worst ratio to the best, on one
+    scale, both ends written out in the same size.
+
+    Args:
+        rivals: names of the panels.
+        rows: by the name of a suite, a span for each rival, or None where they were not compared.
+        where: machine and date, for the heading.
+        dark: for a dark page.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    colors = DARK if dark else LIGHT
+    spans = [span for row in rows.values() for span in row if span]
+    if not spans:
+        return
+    low, high = min(0.5, *(s.worst for s in spans)), max(2.0, *(s.best for s in spans))
+    style = {"font.size": 9.5, "text.color": colors["text"], "figure.facecolor": colors["back"]}
+    with plt.rc_context(style):
+        fig, panels = plt.subplots(
+            1, len(rivals), figsize=(9.2, 1.25 + 0.44 * len(rows)), sharey=True, layout="constrained", squeeze=False
+        )
+        for x, (panel, rival) in enumerate(zip(panels[0], rivals, strict=True)):
+            panel.set_facecolor(colors["back"])
+            panel.set_xscale("log")
+            panel.set_xlim(low / 2.5, high * 3)  # room for the numbers
+            panel.axvline(1, color=colors["text"], lw=1)
+            for y, row in enumerate(rows.values()):
+                panel.axhline(y + 0.5, color=colors["faint"], lw=0.5)
+                if span := row[x]:
+                    _span(panel, y, span, colors)
+            panel.set_title(textwrap.fill(rival, 24), fontsize=10, color=colors["text"])
+            panel.set_xticks([1], ["1"], color=colors["text"])
+            panel.minorticks_off()
+            panel.tick_params(length=0)
+            panel.spines[:].set_visible(False)
+        names = [textwrap.fill(name, 36) for name in rows]
+        panels[0][0].set_yticks(range(len(rows)), names, color=colors["text"])
+        panels[0][0].set_ylim(len(rows) - 0.5, -0.5)
+        heading = "Time (or memory) of the other over ours, from the worst case to the best: above 1 we win"
+        fig.suptitle(f"{heading}\n{where}", x=0.01, ha="left", fontsize=10.5)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fig.savefig(path, dpi=180)
+        plt.close(fig)
+
+
+def _span(panel: Any, y: int, span: Span, colors: Mapping[str, str]) -> None:
+    """The part below 1 in the colour of a loss."""
+    if span.worst < 1:
+        panel.plot([span.worst, min(span.best, 1)], [y, y], color=colors["loss"], lw=3, solid_capstyle="butt")
+    if span.best > 1:
+        panel.plot([max(span.worst, 1), span.best], [y, y], color=colors["win"], lw=3, solid_capstyle="butt")
+    for value, side in [(span.worst, -1), (span.best, 1)][span.worst == span.best :]:
+        text = f"{value:.2f}" if value < 9.995 else f"{value:.0f}"
+        color = colors["loss" if float(text) < 1 else "win"]
+        panel.plot(value, y, "o", color=color, ms=6)
+        panel.annotate(
+            text,
+            (value, y),
+            (7 * side, 0),
+            textcoords="offset points",
+            ha="right" if side < 0 else "left",
+            va="center_baseline",
+            color=color,
+            weight="bold",
+            bbox={"facecolor": colors["back"], "edgecolor": "none", "pad": 1},
+        )

@@ -1,9 +1,10 @@
-"""Writes the README's section on speed and the pictures from the committed result files, so that no number is typed by hand."""
+"""Writes docs/results.md, the README's summary and the pictures from the committed result files: no number is typed by hand."""
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,22 +15,34 @@ from rich.table import Table
 
 from . import grid, targets
 from .names import GROUPS, SUITES, plain
-from .plot import draw
+from .plot import Span, draw, draw_overview
 from .suite import GRAPH, OURS, threads_text, time_text, write_text
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 
-INTRODUCTION = """A ratio is the time of the other over ours, both taken in one interleaved run: above 1 we are faster.  A cell
+PAGE = ROOT / "docs" / "results.md"
+
+READING = """A ratio is the time of the other over ours, both taken in one interleaved run: above 1 we are faster.  A cell
 goes from the worst line of a suite to its best, with the geometric mean, and is **bold** where we lose; of several settings of
-a rival the fastest on a line counts (the suite of every shape has one of bitsandbytes, its default).  A layer without adapter
-computes less than ours, y and dx but not h, dA and dB: it is the limit.  Every output was compared with float64 before it was
-timed.  The method: [docs/benchmarks.md](docs/benchmarks.md)."""
+a rival the fastest on a line counts (the suite of every shape has one of bitsandbytes, its default).  What has no adapter
+computes less than ours, y and dx but not h, dA and dB: it is the limit."""
+
+INTRODUCTION = f"""# Results
+
+`python -m bench report` writes this page from the files under `bench/results/`; `make bench` makes those anew.
+
+{READING}
+
+Every output was compared with float64 before it was timed.  The method: [benchmarks.md](benchmarks.md)."""
 
 GRID = """Each table has `N x K` of the weight down and tokens, that is rows of x, across.  First come the lines on which we do
 worst and best, with the operations that ours must do and the bytes that it must move, over those of the other.  Where they do
-not explain a loss, [docs/cpu.md](docs/cpu.md) says what does."""
+not explain a loss, [cpu.md](cpu.md) says what does."""
+
+PICTURED = tuple(name for name in GROUPS if name != "plain torch")
+"""Rivals in the picture of all suites."""
 
 
 def load(folder: Path = RESULTS) -> list[tuple[Path, dict[str, Any]]]:
@@ -105,18 +118,50 @@ def show(results: Sequence[dict[str, Any]], console: Console) -> None:
     console.print(table, "")
 
 
-# ---- the README's section
+# ---- the page and the README's section
 
 
-def section(results: Sequence[tuple[Path, dict[str, Any]]], root: Path = ROOT) -> str:
-    """Markdown between the markers."""
+def page(results: Sequence[tuple[Path, dict[str, Any]]], folder: Path = PAGE.parent) -> str:
+    """Everything, as Markdown that lies in `folder`."""
     parts = [INTRODUCTION]
-    for device in dict.fromkeys(result["device"] for _, result in results):
-        here = [(path, result) for path, result in results if result["device"] == device]
-        parts += [f"### {device}", _machine([result for _, result in here]), _markdown(*overview([r for _, r in here], "**"))]
-        parts.append(_targets([result for _, result in here]))
-        parts += [_details(path, result, root) for path, result in here]
+    for device, here in _devices(results):
+        found = [result for _, result in here]
+        parts += [f"## {device}", _machine(found), _markdown(*overview(found, "**")), _targets(found)]
+        parts += [_details(path, result, folder) for path, result in here]
+    return "\n\n".join(parts) + "\n"
+
+
+def section(results: Sequence[tuple[Path, dict[str, Any]]]) -> str:
+    """What stands between the README's markers: a table a device."""
+    parts = [READING]
+    for device, here in _devices(results):
+        found = [result for _, result in here]
+        parts += [f"**{device}**: {_machine(found)}", _markdown(*overview(found, "**"))]
     return "\n\n".join(parts)
+
+
+def pictures(results: Sequence[tuple[Path, dict[str, Any]]], folder: Path = PAGE.parent) -> None:
+    """Draws one of each suite beside its results, and one of all suites of a device, light and dark, into `folder`."""
+    for path, result in results:
+        draw(result, path.with_suffix(".png"))
+    for device, here in _devices(results):
+        found = [result for _, result in here]
+        groups = [n for n in PICTURED if sum(bool(_worst_mean_best(r, GROUPS[n])) for r in found) > 1]
+        rows = {SUITES[r["suite"]]: [_span(r, GROUPS[n]) for n in groups] for r in found}
+        where = f"{device}, {found[0]['date'][:10]}"
+        for dark in (False, True):
+            name = f"overview-{here[0][0].parent.name}-{'dark' if dark else 'light'}.png"
+            draw_overview(groups, rows, where, folder / name, dark)
+
+
+def _devices(results: Sequence[tuple[Path, dict[str, Any]]]) -> Iterator[tuple[str, list[tuple[Path, dict[str, Any]]]]]:
+    for device in dict.fromkeys(result["device"] for _, result in results):
+        yield device, [(path, result) for path, result in results if result["device"] == device]
+
+
+def _span(result: dict[str, Any], names: Sequence[str]) -> Span | None:
+    found = _worst_mean_best(result, names)
+    return Span(*found) if found else None
 
 
 def _targets(results: list[dict[str, Any]]) -> str:
@@ -158,14 +203,14 @@ def _code(result: dict[str, Any]) -> str:
     return f"**{commit} with uncommitted changes**" if result.get("dirty") else commit
 
 
-def _details(path: Path, result: dict[str, Any], root: Path) -> str:
+def _details(path: Path, result: dict[str, Any], folder: Path) -> str:
     """Folded away: the picture, which holds every ratio, and the extremes of each rival."""
     picture = path.with_suffix(".png")
-    draw(result, picture)
     title = SUITES[result["suite"]]
     parts = [f"<details><summary>{title}</summary>"]
-    if picture.exists():
-        parts.append(f"![{title}: ratio to each rival, by shape]({picture.relative_to(root).as_posix()})")
+    if result["summary"]:
+        link = Path(os.path.relpath(picture, folder)).as_posix()
+        parts.append(f"![{title}: ratio to each rival, by shape]({link})")
     if result["suite"] == "grid":
         parts.append(GRID)
         parts += [_table(grid.standing(result, name), grid.extremes(result, name)) for name in rivals(result)]

@@ -37,6 +37,7 @@ from bench import (
     test_suites,
     tune,
 )
+from bench.plot import Span, draw_overview
 from bench.suite import OURS, measure_line, run_suite, summary
 from lora_kernels.backends import reference
 
@@ -299,8 +300,10 @@ def test_run_writes_results_that_report_reads(tmp_path: Path) -> None:
     assert (out / "forward.png").stat().st_size > 10_000
 
     readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    page = tmp_path / "docs" / "results.md"
+    page.parent.mkdir()
     for _ in range(2):
-        done = invoke("report", "--readme", str(readme), "--results", str(tmp_path / "results"))
+        done = invoke("report", "--readme", str(readme), "--page", str(page), "--results", str(tmp_path / "results"))
         assert done.exit_code == 0, done.output
     done = invoke("targets", "--results", str(tmp_path / "results"))
     assert done.exit_code == 0, done.output
@@ -310,8 +313,48 @@ def test_run_writes_results_that_report_reads(tmp_path: Path) -> None:
     assert text.startswith("before\n")
     assert text.endswith(f"{report.END}\nafter\n")
     assert "\nold\n" not in text
-    assert "results/cpu/dequantize.png" in text
-    assert "plain torch" in text
+    table = "| NF4 with double quantization to bf16 |"
+    assert text.count(table) == page.read_text().count(table) == 1
+    for picture in ("../results/cpu/dequantize.png", "../results/cpu/forward.png"):
+        assert f"]({picture})" in page.read_text()
+        assert (page.parent / picture).is_file()
+
+
+def test_overview_draws_every_suite_in_both_themes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    monkeypatch.setattr(report, "draw_overview", lambda *args: drawn.append(args))
+    rows = [{"label": "a", "entries": entries(dense=0.5, torch=9.0)}, {"label": "b", "entries": entries(dense=2.0)}]
+    found = [
+        (tmp_path / "abacus" / f"{name}.json", result_of(name, rows) | {"device": "Abacus", "date": "2026-01-02T03"})
+        for name in ("train_layer", "forward")
+    ]
+    monkeypatch.setattr(report, "draw", lambda result, path: None)
+    report.pictures(found, tmp_path)
+    for groups, spans, where, path, dark in drawn:
+        assert groups == ["bf16 nn.Linear, no adapter"]  # plain torch is in the tables alone
+        assert spans == {report.SUITES[name]: [(0.5, 1.0, 2.0)] for name in ("train_layer", "forward")}
+        assert where == "Abacus, 2026-01-02"
+        assert path == tmp_path / f"overview-abacus-{'dark' if dark else 'light'}.png"
+    assert len(drawn) == 2
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_overview_is_a_picture(tmp_path: Path, dark: bool) -> None:
+    rows = {
+        "a suite": [Span(0.5, 0.8, 2.0), None],
+        "one line": [None, Span(1.5, 1.5, 1.5)],
+        "losses": [Span(0.1, 0.2, 0.9), None],
+    }
+    draw_overview(["one", "two"], rows, "here", tmp_path / "all.png", dark)
+    assert (tmp_path / "all.png").stat().st_size > 10_000
+
+
+def test_readme_and_page_hold_the_committed_results() -> None:
+    """After a new measurement `python -m bench report` must be run."""
+    found = report.load()
+    readme = (report.ROOT / "README.md").read_text(encoding="utf-8")
+    assert readme.partition(report.BEGIN)[2].partition(report.END)[0].strip() == report.section(found)
+    assert report.PAGE.read_text(encoding="utf-8") == report.page(found)
 
 
 def test_against_one_rival_that_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,10 @@
-"""Every example runs, on a tiny model, from start to end."""
+"""Every example runs, on a tiny model, from start to end; those of the README too."""
 
 import json
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,9 +19,10 @@ for package in ("transformers", "peft", "bitsandbytes", "trl"):
 from peft import PeftModel  # noqa: E402
 from test_distributed import torchrun  # noqa: E402
 from test_trainers import TEXTS, tokenizer  # noqa: E402, F401
-from transformers import AutoModelForCausalLM  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 from lora_kernels import examples  # noqa: E402
+from lora_kernels.data import _FORMATS, read_records  # noqa: E402
 from lora_kernels.examples import (  # noqa: E402
     bitsandbytes_checkpoint,
     merge_to_16_bit,
@@ -104,3 +109,45 @@ def test_merge_to_16_bit(model, adapters, tmp_path):
     with torch.no_grad():
         a, b = merged(input_ids=ids).logits.float(), tuned(input_ids=ids).logits.float()
     assert (a - b).norm() < 0.03 * b.norm()
+
+
+# ---- the README
+
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+PYTHON = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+def test_readme_example_learns(tmp_path):
+    """As a reader runs it: pasted into a file, in a folder of its own."""
+    (tmp_path / "example.py").write_text(PYTHON[0], encoding="utf-8")
+    root = str(Path(lk.__file__).parents[1])
+    environment = os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "example.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "28 of 29 linear layers fused" in done.stdout
+    losses = [float(loss) for loss in re.findall(r"^step \d+: loss ([\d.]+)$", done.stdout, re.MULTILINE)]
+    assert len(losses) == 6
+    assert losses[-1] < 0.7 * losses[0]
+    assert done.stdout.split("\n")[-2].strip() == "After Monday comes Tuesday."
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+
+
+def test_readme_lines_for_a_real_model(model):
+    hub = '"HuggingFaceTB/SmolLM2-135M-Instruct"'
+    assert PYTHON[1].count(hub) == 2
+    names = {"AutoTokenizer": AutoTokenizer, "AutoModelForCausalLM": AutoModelForCausalLM, "torch": torch, "lk": lk}
+    exec(PYTHON[1].replace(hub, repr(model)), names)
+    assert len(lk.verify(names["model"], strict=True).fused) == 14
+    assert names["tokenizer"].eos_token
+
+
+def test_readme_records_are_accepted(tmp_path):
+    """One sample of every format, each in a file of its own."""
+    [block] = re.findall(r"^```json\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    formats = []
+    for line in block.splitlines():
+        (tmp_path / "data.jsonl").write_text(line + "\n", encoding="utf-8")
+        formats += [record.format for record in read_records(tmp_path / "data.jsonl")]
+    assert formats == list(_FORMATS)
