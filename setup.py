@@ -214,7 +214,7 @@ class Objects:
 
 
 class Build(build_ext):
-    """Every module of the package; they share the objects that do not see torch."""
+    """Every module of the package.  Files in csrc/ see torch; the objects of its folders do not, and all modules share them."""
 
     def run(self) -> None:
         try:
@@ -232,29 +232,28 @@ class Build(build_ext):
             raise RuntimeError(
                 f"there is no C++ compiler {compiler[0]!r} on PATH: install g++ (or name one in CXX).  {WITHOUT}"
             )
-        extra = os.environ.get("CXXFLAGS", "").split()
-        with_torch = [p for folder in ("csrc", "csrc/cpu") for p in sorted((ROOT / folder).glob("*.cpp"))]
-        levels = {level: ROOT / "csrc" / "cpu" / f"isa_{level}.cpp" for level in ISA_FLAGS}
-        with_torch = [p for p in with_torch if p not in levels.values()]
-        objects = Objects(ROOT / "build" / f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}")
-        shared, macros, link = [], [], {"libraries": ["c10", "torch", "torch_cpu", "torch_python"], "library_dirs": []}
-        if ON_X86:
-            macros.append("-DLORA_KERNELS_X86")
-            for level, source in levels.items():
-                shared += objects.add([source], [*compiler, *FLAGS, "-std=c++17", *macros, *ISA_FLAGS[level], *extra], "levels")
-        if nvcc := self.nvcc():
-            macros += [f'-DLORA_KERNELS_CUDA="{" ".join(map(str, nvcc.archs))}+ptx"', f'-DLORA_KERNELS_NVCC="{nvcc.version}"']
-            shared += objects.add(sorted((ROOT / "csrc" / "cuda").glob("*.cu")), [nvcc.path, *nvcc.flags()], "cuda")
-            link["libraries"] += ["cudart_static", "dl", "rt", "pthread"]
-            link["library_dirs"] += nvcc.library_folders()
         openmp = ["-fopenmp"] if sys.platform.startswith("linux") else []
+        plain = [*compiler, *FLAGS, "-std=c++17", *(["-DLORA_KERNELS_X86"] if ON_X86 else [])]
+        extra = os.environ.get("CXXFLAGS", "").split()
+        objects = Objects(ROOT / "build" / f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}")
+        levels = {level: ROOT / "csrc" / "cpu" / f"isa_{level}.cpp" for level in ISA_FLAGS}
+        others = [p for p in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")) if p not in levels.values()]
+        shared = objects.add(others, [*plain, *openmp, *extra], "cpu")
+        for level, source in levels.items() if ON_X86 else ():
+            shared += objects.add([source], [*plain, *ISA_FLAGS[level], *extra], "cpu")
+        libraries, library_dirs, macros = ["c10", "torch", "torch_cpu", "torch_python"], [], []
+        if nvcc := self.nvcc():
+            shared += objects.add(sorted((ROOT / "csrc" / "cuda").glob("*.cu")), [nvcc.path, *nvcc.flags()], "cuda")
+            libraries += ["cudart_static", "dl", "rt", "pthread"]
+            library_dirs += nvcc.library_folders()
+            macros += [f'-DLORA_KERNELS_CUDA="{" ".join(map(str, nvcc.archs))}+ptx"', f'-DLORA_KERNELS_NVCC="{nvcc.version}"']
         own = {}
         for extension, torch in zip(self.extensions, TORCHES, strict=True):
-            include = [torch.folder / "include", torch.folder / "include" / "torch" / "csrc" / "api" / "include"]
-            folders = [f"-I{sysconfig.get_path('include')}", *(f"-isystem{folder}" for folder in include)]
+            include = torch.folder / "include"
+            folders = [f"-isystem{include}", f"-isystem{include}/torch/csrc/api/include", f"-I{sysconfig.get_path('include')}"]
             names = [f"-DTORCH_EXTENSION_NAME={torch.name}", "-DTORCH_API_INCLUDE_EXTENSION_H"]
-            flags = [*FLAGS, "-std=c++20", *openmp, *macros, *names, *folders, *extra]
-            own[extension.name] = objects.add(with_torch, [*compiler, *flags], torch.name)
+            flags = [*plain, "-std=c++20", *openmp, *macros, *names, *folders, *extra]
+            own[extension.name] = objects.add(sorted((ROOT / "csrc").glob("*.cpp")), flags, torch.name)
         objects.compile()
         for extension, torch in zip(self.extensions, TORCHES, strict=True):
             target = Path(self.get_ext_fullpath(extension.name))
@@ -262,8 +261,8 @@ class Build(build_ext):
             self.compiler.link_shared_object(
                 [*own[extension.name], *shared],
                 str(target),
-                libraries=link["libraries"],
-                library_dirs=[str(torch.folder / "lib"), *link["library_dirs"]],
+                libraries=libraries,
+                library_dirs=[str(torch.folder / "lib"), *library_dirs],
                 extra_postargs=openmp,
                 build_temp=str(objects.folder),
                 target_lang="c++",

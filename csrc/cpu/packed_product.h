@@ -37,7 +37,7 @@ inline int64_t panel_bytes() {
 }
 
 // Below this many multiplications a second thread costs more than it does.
-inline int64_t threads_for(int64_t M, int64_t numel) { return (M + 8) * numel < (2 << 20) ? 1 : at::get_num_threads(); }
+inline int64_t threads_for(int64_t M, int64_t numel) { return (M + 8) * numel < (2 << 20) ? 1 : num_threads(); }
 
 inline bool multiplies_bf16() { return kernels().bf16.tile; }
 

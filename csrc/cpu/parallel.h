@@ -1,6 +1,5 @@
 // Work shared by torch's threads, and the memory they work in.
 #pragma once
-#include <ATen/Parallel.h>
 #ifdef _OPENMP
 #include <omp.h>
 #endif
@@ -9,9 +8,15 @@
 #include <atomic>
 #include <cstdint>
 #include <cstdlib>
+#include <functional>
 #include <new>
 
 namespace lora_kernels::cpu {
+
+// torch's (csrc/threads.cpp)
+int64_t num_threads();
+bool in_parallel_region();
+void parallel_for(int64_t n, int64_t grain, const std::function<void(int64_t begin, int64_t end)>& f);
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -19,7 +24,7 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 template <class F>
 void parallel(int64_t n, int64_t grain, const F& f) {
   if (n <= 0) return;
-  const int64_t threads = std::min<int64_t>(at::get_num_threads(), ceil_div(n, std::max<int64_t>(grain, 1)));
+  const int64_t threads = std::min<int64_t>(num_threads(), ceil_div(n, std::max<int64_t>(grain, 1)));
   if (threads <= 1) return f(int64_t{0}, n);
 #ifdef _OPENMP
 #pragma omp parallel num_threads(static_cast<int>(threads))
@@ -29,7 +34,7 @@ void parallel(int64_t n, int64_t grain, const F& f) {
     if (begin < end) f(begin, end);
   }
 #else
-  at::parallel_for(0, n, std::max<int64_t>(grain, 1), f);
+  parallel_for(n, std::max<int64_t>(grain, 1), f);
 #endif
 }
 
@@ -76,7 +81,7 @@ template <class F>
 void with_team(int64_t threads, const F& f) {
   Team::Shared shared;
 #ifdef _OPENMP
-  threads = std::min<int64_t>(threads, at::in_parallel_region() ? 1 : at::get_num_threads());
+  threads = std::min<int64_t>(threads, in_parallel_region() ? 1 : num_threads());
   if (threads > 1) {
 #pragma omp parallel num_threads(static_cast<int>(threads))
     {

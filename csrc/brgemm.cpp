@@ -3,7 +3,7 @@
 #include <ATen/Context.h>
 #include <ATen/native/CPUBlas.h>
 
-#include "kernels.h"
+#include "cpu/kernels.h"
 
 namespace lora_kernels::cpu {
 
