@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import as_bitsandbytes, tiny_llama
+from conftest import HANG, as_bitsandbytes, tiny_llama
 from tiny_folder import chats, make_folder, write_jsonl
 from torch import nn
 
@@ -182,7 +182,7 @@ def torchrun(*program):
     path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     command += ["--rdzv-backend", "c10d", *map(str, program)]
-    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=HANG)
 
 
 @pytest.fixture(scope="module")
