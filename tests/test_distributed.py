@@ -181,7 +181,7 @@ def torchrun(*program):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-endpoint", "localhost:0"]
     path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    command += ["--rdzv-backend", "c10d", *map(str, program)]
+    command += ["--rdzv-backend", "c10d", "--local-addr", "localhost", *map(str, program)]  # whatever the host's name
     return subprocess.run(command, capture_output=True, text=True, env=env, timeout=HANG)
 
 
