@@ -7,14 +7,14 @@ A result passes if its error is at most twice that of the plain torch path at th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .autograd import quantize
-from .formats import NF4_CODE, QuantizedWeight, dtype_name
+from .formats import NF4_CODE, QuantizedWeight
 
 Results = dict[str, Tensor]
 """`y` and whichever of `dx`, `dA`, `dB`, `dbias` were asked for."""
@@ -210,39 +210,64 @@ def max_error(got: Tensor, want: Tensor) -> float:
     return error / scale if scale else math.inf if error else 0.0
 
 
-def error_floor(want: Tensor, dtype: torch.dtype, independent: int | None = None) -> float:
-    """Relative error that one rounding to `dtype` may make by bad luck: more for few independent errors, and for results so
-    small that `dtype` holds them as subnormals.  float32 has no wider accumulator: the same sum in another order errs by
-    about half a unit, and a single one by several."""
+def error_floor(want: Tensor, dtype: torch.dtype, independent: int | None = None, terms: int = 1) -> float:
+    """Relative error in the norm that results of `dtype` may have by bad luck, beyond what is usual for roundings to `dtype`.
+
+    The norm of n independent errors of mean square s^2 exceeds s (sqrt(n) + 8) once in e^32 times, by the concentration of
+    measure: relative to sqrt(n) that is 1 + 8 / sqrt(n).  Here s is the unit roundoff u of `dtype`, and that of float32 times
+    sqrt(terms) for sums of so many terms, whose every addition errs by it, in whatever order (u / 8 covers that the usual
+    error, of plain torch, is measured too).  Results so small that `dtype` holds them as subnormals err by their spacing.
+    """
     info = torch.finfo(dtype)
     scale = want.double().square().mean().sqrt().item()
     subnormal = info.smallest_normal * info.eps / scale if scale else 0.0
-    slack, luck = (1 / 2, 8) if dtype == torch.float32 else (1 / 16, 4)
-    return info.eps * (slack + luck / math.sqrt(independent or want.numel())) + 2 * subnormal
+    luck = 8 / math.sqrt(independent or want.numel())
+    unit, sums = info.eps / 2, min(info.eps / 2, 2.0**-24) * math.sqrt(terms)
+    return unit * (1 / 8 + luck) + sums * (1 + luck) + 2 * subnormal
+
+
+def assert_close(
+    name: str, got: Tensor, want: Tensor, base: Tensor, terms: Tensor, floor: float, factor: float = 2.0, where: str = ""
+) -> None:
+    """Raises AssertionError if `got` has another shape than `want`, holds NaN, or errs more, in the norm or in one element, than
+    `factor` times `base` plus `floor` (relative to the terms of the sums, where they cancel)."""
+    if tuple(got.shape) != tuple(want.shape):
+        raise AssertionError(f"{name}: shape {list(got.shape)}, expected {list(want.shape)} {where}")
+    if got.numel() == 0:
+        return
+    for what, p, loose in (("error", 2, 1), ("largest error", math.inf, 4)):
+        error, plain_error = ((t.double() - want).norm(p).item() for t in (got, base))
+        slack = loose * floor * max(terms.norm(p), want.norm(p)).item()
+        if not error <= factor * plain_error + slack:  # a NaN fails
+            raise AssertionError(
+                f"{name}: {what} {error:.3g} against float64, plain torch errs {plain_error:.3g}, "
+                f"allowed {factor:g} times that plus {slack:.2g} {where}"
+            )
 
 
 def assert_close_to_oracle(got: Results, inputs: Inputs, factor: float = 2.0) -> dict[str, float]:
     """Raises AssertionError if a tensor in `got` has another shape than the oracle's, holds NaN, or errs more, in the norm or
     in one element, than `factor` times the plain path plus `error_floor` (of the terms, where they cancel).  Returns the error
     of each over that of the plain path."""
+    c = inputs.case
     want, base, terms = oracle(inputs), plain(inputs), term_sizes(inputs)
     ratios = {}
     for name, tensor in got.items():
-        if tuple(tensor.shape) != tuple(want[name].shape):
-            raise AssertionError(f"{name}: shape {list(tensor.shape)}, expected {list(want[name].shape)} ({inputs.case.id})")
-        if tensor.numel() == 0:
-            continue
         # every row of dA and dB shares the errors of g and h [M, r]
-        independent = min(tensor.numel(), inputs.case.M * inputs.case.r) if name in ("dA", "dB") else tensor.numel()
-        floor = error_floor(want[name], inputs.x.dtype, max(1, independent))
-        for what, p, loose in (("error", 2, 1), ("largest error", math.inf, 4)):
-            error, plain_error = ((t.double() - want[name]).norm(p).item() for t in (tensor, base[name]))
-            slack = loose * floor * max(terms[name].norm(p), want[name].norm(p)).item()
-            if not error <= factor * plain_error + slack:  # a NaN fails
-                raise AssertionError(
-                    f"{name}: {what} {error:.3g} against float64, plain torch in {dtype_name(inputs.x.dtype)} errs "
-                    f"{plain_error:.3g}, allowed {factor:g} times that plus {slack:.2g} ({inputs.case.id})"
-                )
-        error, plain_error = (relative_error(t, want[name]) for t in (tensor, base[name]))
-        ratios[name] = error / plain_error if plain_error else math.nan
+        independent = max(1, min(tensor.numel(), c.M * c.r) if name in ("dA", "dB") else tensor.numel())
+        floor = error_floor(want[name], c.dtype, independent, c.M + c.N + c.K + c.r)
+        assert_close(name, tensor, want[name], base[name], terms[name], floor, factor, f"({c.id})")
+        if tensor.numel():
+            error, plain_error = (relative_error(t, want[name]) for t in (tensor, base[name]))
+            ratios[name] = error / plain_error if plain_error else math.nan
     return ratios
+
+
+def assert_dx_of_group(dx: Tensor, group: Sequence[Inputs]) -> None:
+    """Raises AssertionError as `assert_close_to_oracle` does, for the gradient of the x that the layers of a group share."""
+    want, base, squares = (
+        torch.stack([t["dx"] for t in parts]).sum(0)
+        for parts in zip(*((oracle(i), plain(i), {"dx": term_sizes(i)["dx"].square()}) for i in group), strict=True)
+    )
+    terms = sum(i.case.M + i.case.N + i.case.K + i.case.r for i in group)
+    assert_close("dx", dx, want, base, squares.sqrt(), error_floor(want, dx.dtype, max(1, dx.numel()), terms))

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import random
+import shlex
 import subprocess
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -21,48 +23,65 @@ from lora_kernels.backends import native
 from lora_kernels.testing import Inputs, Results
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-settings.register_profile("tests", deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+# No deadline and no check of speed: a busy machine is no fault.
+unchecked = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+settings.register_profile("tests", deadline=None, max_examples=40, suppress_health_check=unchecked)
 settings.load_profile("tests")
+
+HANG = 1800
+"""Seconds after which a process that a test waits for hangs: no machine is so busy that work of seconds takes longer."""
 
 COUNTS: Counter[str] = Counter()
 """Cases that a test counts; shown at the end of the run."""
 
 CPU = torch.device("cpu")
 collect_ignore = [] if torch.cuda.is_available() else ["test_gpu.py"]
-_base_seed = 0
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seed", type=int, default=None, help="seed of all random inputs (default: a fresh one)")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
-    global _base_seed
-    _base_seed = config.getoption("--seed")
-    if _base_seed is None:
-        _base_seed = int.from_bytes(os.urandom(4), "little")
+    """Draws the seed of this run, from which Hypothesis starts too."""
+    if config.option.seed is None:
+        config.option.seed = int.from_bytes(os.urandom(4), "little")
+    if config.option.hypothesis_seed is None:
+        config.option.hypothesis_seed = config.option.seed
 
 
-def pytest_report_header() -> str:
+def pytest_report_header(config: pytest.Config) -> str:
     running = ", ".join(f"{n}: {why}" if why else n for n, why in backends.choices(CPU))
-    lines = [f"random inputs: --seed {_base_seed}", f"backends of the CPU: {running}"]
+    lines = [f"random inputs: --seed {config.option.seed}", f"backends of the CPU: {running}"]
     if native.unavailable(CPU) is None:
         extension = native.extension()
         lines.append(f"instruction set of native: {extension.cpu_level()} (of {', '.join(extension.cpu_levels())})")
     return "\n".join(lines)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if report.failed:
+        command = f"python -m pytest {shlex.quote(item.nodeid)} --seed {item.config.option.seed}"
+        report.sections.append(("The same random inputs again", command))
+    return report
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Also where -q leaves the header out."""
     for text, count in sorted(COUNTS.items()):
         terminalreporter.write_line(f"{text}: {count} cases equal")
+    terminalreporter.write_line(f"the same random inputs again: --seed {terminalreporter.config.option.seed}")
 
 
 @pytest.fixture(autouse=True)
 def seed(request: pytest.FixtureRequest) -> int:
-    """A fresh seed for this test, from which torch's generator starts too; printed if the test fails."""
-    value = _base_seed ^ zlib.crc32(request.node.nodeid.encode())
+    """A seed for this test alone, from that of the run and the test's name; the random generators start from it."""
+    value: int = request.config.option.seed ^ zlib.crc32(request.node.nodeid.encode())
     torch.manual_seed(value)
-    print(f"seed {value}: the same inputs again with --seed {_base_seed}")
+    random.seed(value)
     return value
 
 
@@ -148,7 +167,7 @@ def run_ops(inputs: Inputs, needs: tuple[bool, bool, bool, bool] | None = None) 
 def python(code: str, **env: str | None) -> str:
     """Standard output of a fresh interpreter that runs `code`; a failing one fails the test with its error."""
     full = {k: v for k, v in (os.environ | env).items() if v is not None}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=full, timeout=300)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=full, timeout=HANG)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

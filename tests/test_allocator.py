@@ -27,4 +27,5 @@ def page_faults(how: str) -> int:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's mallopt")
 def test_freed_memory_is_used_again():
-    assert page_faults("kept") < 16 < page_faults("default")
+    kept, default = page_faults("kept"), page_faults("default")
+    assert kept < default / 4, "the system faults in a page now and then, on a busy machine too"

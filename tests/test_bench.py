@@ -60,6 +60,18 @@ def same_allocator(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli, "keep_freed_memory", lambda: False)
 
 
+@pytest.fixture
+def takes(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Lets seconds pass on the clock that `measure` reads, which otherwise stands still."""
+    now = [0.0]
+    monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def pass_seconds(seconds: float) -> None:
+        now[0] += seconds
+
+    return pass_seconds
+
+
 def invoke(*args: str) -> Any:
     return CliRunner().invoke(cli.app, list(args))
 
@@ -166,13 +178,14 @@ def test_ratio_is_taken_within_the_rounds_that_both_took_part_in() -> None:
     assert measure.ratio(theirs, ours) == measure.Quartiles(2.0, 2.0, 2.0)
 
 
-def test_a_long_call_is_its_own_warm_up() -> None:
+def test_a_long_call_is_its_own_warm_up(takes: Any) -> None:
     calls: dict[str, list[int]] = {"long": [], "short": []}
-    runs = {"long": lambda i: calls["long"].append(i) or time.sleep(0.11), "short": lambda i: calls["short"].append(i)}
+    runs = {"long": lambda i: calls["long"].append(i) or takes(0.11), "short": lambda i: calls["short"].append(i)}
     measure.interleave(runs, CPU, measure.Effort(0.0, 1, 1, 0.0, slow_rounds=1))
     assert calls == {"long": [0, 2], "short": [0, 1, 2]}
 
 
+@pytest.mark.usefixtures("takes")
 def test_interleave_takes_turns() -> None:
     order: list[str] = []
     runs = {name: lambda i, name=name: order.append(name) for name in "ab"}
@@ -182,9 +195,9 @@ def test_interleave_takes_turns() -> None:
     assert all(list(t) == [0, 1, 2, 3] for t in times.values())
 
 
-def test_a_slow_contender_takes_part_in_fewer_rounds_ours_in_all() -> None:
+def test_a_slow_contender_takes_part_in_fewer_rounds_ours_in_all(takes: Any) -> None:
     wait = {OURS: 0.02, "fast": 0.001, "slow": 0.02}
-    runs = {name: lambda i, s=s: time.sleep(s) for name, s in wait.items()}
+    runs = {name: lambda i, s=s: takes(s) for name, s in wait.items()}
     times = measure.interleave(runs, CPU, measure.Effort(0.0, 9, 9, 0.0, slow_rounds=3), always=(OURS,))
     assert {name: len(t) for name, t in times.items()} == {OURS: 9, "fast": 9, "slow": 3}
     assert list(times["slow"]) == [2, 5, 8]  # spread over the whole time
@@ -465,12 +478,12 @@ def test_a_graph_holds_a_call_for_each_copy_and_its_result_is_compared(capture: 
         measure.Graph(run, 4)
 
 
-def test_a_graphed_contender_is_compared_with_ours_graphed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_graphed_contender_is_compared_with_ours_graphed(monkeypatch: pytest.MonkeyPatch, takes: Any) -> None:
     class Line(suite.Line):
         suite, label, names, device = "forward", "8x8  M=1  r=16", (OURS, "dense", "torch"), torch.device("cuda")
 
         def build(self, name: str) -> suite.Contender:
-            return suite.Contender(lambda i: time.sleep(2e-3 if name == "dense" else 1e-3), dict, 1)
+            return suite.Contender(lambda i: takes(2e-3 if name == "dense" else 1e-3), dict, 1)
 
         def judge(self, name: str, got: Any) -> None:
             return None
@@ -484,14 +497,15 @@ def test_a_graphed_contender_is_compared_with_ours_graphed(monkeypatch: pytest.M
             Graph.made = made + 1
 
         def __call__(self, i: int) -> None:
-            time.sleep(1e-3)
+            takes(0.5e-3)
 
     for module in (measure, suite):
         monkeypatch.setattr(module, "Graph", Graph)
     monkeypatch.setattr(measure, "_cuda_timer", lambda device: measure._cpu_timer)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     got = measure_line(Line(), ["dense", "torch"], measure.QUICK, TOP)
-    assert got["dense"].ratio.median > 1.5 > got["dense (graph)"].ratio.median
+    assert got["dense"].ratio.median == pytest.approx(2)
+    assert got["dense (graph)"].ratio.median == pytest.approx(1)
     assert got[f"{OURS} (graph)"].ratio is None
     assert got["torch (graph)"].status == "not capturable: AssertionError: no capture for the third"
     rows = [{"label": "8x8", "entries": {n: suite._entry_json(e) for n, e in got.items()}}]

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import as_bitsandbytes, tiny_llama
+from conftest import HANG, as_bitsandbytes, tiny_llama
 from tiny_folder import chats, make_folder, write_jsonl
 from torch import nn
 
@@ -181,8 +181,8 @@ def torchrun(*program):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-endpoint", "localhost:0"]
     path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    command += ["--rdzv-backend", "c10d", *map(str, program)]
-    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
+    command += ["--rdzv-backend", "c10d", "--local-addr", "localhost", *map(str, program)]  # whatever the host's name
+    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=HANG)
 
 
 @pytest.fixture(scope="module")

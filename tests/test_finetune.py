@@ -4,7 +4,9 @@ import io
 import json
 import math
 import signal
+import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ pytest.importorskip("rich")
 from rich.console import Console
 from safetensors.torch import load_file
 
+from lora_kernels import trainer
 from lora_kernels.finetune import Settings, finetune
 from lora_kernels.integrations.transformers import load_model, save_quantized
 from lora_kernels.trainer import Monitor, lr_factor
@@ -115,10 +118,19 @@ def test_resume_is_exact(settings, tmp_path, monkeypatch, dropout):
     assert second.log["tokens"] == whole.log["tokens"]
 
 
-def test_time_limit(settings):
-    """A run that time ends has its learning rate at the end of its schedule, not in the middle."""
-    result = run(replace(settings, max_steps=100000, max_minutes=0.01))
-    assert 0 < result.log["steps"] < 100000
+def test_time_limit(settings, monkeypatch):
+    """A run that time ends has its learning rate at the end of its schedule, not in the middle.  On a clock of its own, by which
+    a step takes six seconds."""
+    now, step_begin = [0.0], Monitor.on_step_begin
+
+    def six_seconds(*args, **kwargs):
+        step_begin(*args, **kwargs)
+        now[0] += 6
+
+    monkeypatch.setattr(Monitor, "on_step_begin", six_seconds)
+    monkeypatch.setattr(trainer, "time", SimpleNamespace(**vars(time) | {"monotonic": lambda: now[0]}))
+    result = run(replace(settings, max_steps=100000, max_minutes=1))
+    assert result.log["steps"] == 10
     assert result.log["history"][-1]["learning_rate"] < 0.3 * settings.lr
 
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import assert_same_bits, run_ops
+from conftest import HANG, assert_same_bits, run_ops
 
 import lora_kernels as lk
 from lora_kernels.backends import reference, triton
@@ -234,5 +234,5 @@ def test_sanitizer(tool):
         pytest.skip("compute-sanitizer is not installed (it comes with the CUDA toolkit)")
     env = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": os.path.dirname(__file__)}
     command = [sanitizer, "--tool", tool, "--error-exitcode", "1", sys.executable, "-c", SANITIZED]
-    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=1200)
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=HANG)
     assert done.returncode == 0, done.stdout[-4000:]

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import HANG
 
 from lora_kernels import quantize, testing
 from lora_kernels.backends import native, reference
@@ -197,7 +198,7 @@ def test_level_is_right_and_threads_do_not_change_a_bit(level: str):
     runs = []
     for threads in "1", "2":
         environment = os.environ | {"LORA_KERNELS_CPU_ISA": level, "OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "passive"}
-        run = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=120)
+        run = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=HANG)
         assert run.returncode == 0, run.stderr
         runs.append(json.loads(run.stdout))
     assert [(run["level"], run["threads"]) for run in runs] == [(level, 1), (level, 2)]
@@ -231,7 +232,7 @@ def _run_memory() -> None:
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of resident memory is read from /proc")
 def test_layer_works_in_half_of_a_16_bit_weight():
     environment = os.environ | {"OMP_NUM_THREADS": "2"}
-    run = subprocess.run([sys.executable, __file__, "memory"], env=environment, capture_output=True, text=True, timeout=120)
+    run = subprocess.run([sys.executable, __file__, "memory"], env=environment, capture_output=True, text=True, timeout=HANG)
     assert run.returncode == 0, run.stderr
     assert 0 < int(run.stdout) < 4096 * 4096 * 2 // 2
 
@@ -239,7 +240,7 @@ def test_layer_works_in_half_of_a_16_bit_weight():
 def test_unknown_level_names_the_levels():
     command = "from lora_kernels.backends import native; native.extension()"
     environment = os.environ | {"LORA_KERNELS_CPU_ISA": "mmx"}
-    run = subprocess.run([sys.executable, "-c", command], env=environment, capture_output=True, text=True, timeout=120)
+    run = subprocess.run([sys.executable, "-c", command], env=environment, capture_output=True, text=True, timeout=HANG)
     assert run.returncode != 0 and "portable" in run.stderr and "mmx" in run.stderr
 
 

@@ -92,7 +92,7 @@ def test_from_linear(dtype):
     assert not layer.training
     assert layer.quantized_weight.dtype == dtype
     x = torch.randn(4, 100, dtype=dtype)
-    assert relative_error(layer(x), linear(x)) < 0.15
+    assert relative_error(layer(x), dense(layer, x)) < (1e-5 if dtype == FP32 else 4 * torch.finfo(dtype).eps)
     assert layer(x).dtype == dtype
     assert FusedQLoRALinear.from_linear(nn.Linear(5, 3, bias=False), r=0).bias is None
 
@@ -444,6 +444,7 @@ def test_merge_and_unmerge(options):
     merged = lk.quantize(
         (base + update).float(), *(original.quant_type, original.blocksize, original.double_quant, original.quant_storage)
     )
+    # a weight within rounding of the border of two codes, one in millions, may go to either: 0.6 % of the norm
     assert relative_error(decode(layer.quantized_weight, FP32), decode(merged, FP32)) < 1e-2
     assert (layer.quantized_weight.quant_storage, layer.quantized_weight.dtype) == (original.quant_storage, original.dtype)
     x = torch.randn(3, 100)

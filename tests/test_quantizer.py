@@ -1,6 +1,7 @@
 """transformers loads models with our layers: quantized on the way in, saved and loaded again bit by bit."""
 
 import copy
+import ctypes
 import gc
 import json
 import re
@@ -218,6 +219,7 @@ def test_peak_memory_is_near_the_4_bit_size(tmp_path):
     model.save_pretrained(tmp_path)
     del model
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed is no room to load into
 
     def anonymous():
         return int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
@@ -233,10 +235,11 @@ def test_peak_memory_is_near_the_4_bit_size(tmp_path):
     model = load(tmp_path, dtype=BF16)
     done.set()
     thread.join()
+    peak[0] = max(peak[0], anonymous())  # however seldom a busy machine let the thread look
     held, used = sum(p.nbytes for p in model.parameters()), peak[0] - before
     print(f"dense {size / 1e6:.0f} MB, held {held / 1e6:.0f} MB, peak {used / 1e6:.0f} MB")
     assert held < 0.3 * size
-    assert used < 0.5 * size
+    assert held / 2 < used < 0.5 * size
 
 
 # ---- bad input

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CPU, python
+from conftest import CPU, HANG, python
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_kernels.backends import reference
@@ -34,9 +34,8 @@ def test_interpreted_kernels(request):
     if versions[0] < (3, 7) and versions[1] >= (2, 4):
         pytest.skip("the interpreter of Triton 3.6 needs numpy < 2.4")
     command = [sys.executable, "-m", "pytest", "-q", "-W", "ignore", "-p", "no:cacheprovider", HERE / "triton_interpreted.py"]
-    seed = request.config.getoption("--seed")
-    command += ["--seed", str(seed)] if seed is not None else []
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"TRITON_INTERPRET": "1"}, timeout=600)
+    command += ["--seed", str(request.config.option.seed)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"TRITON_INTERPRET": "1"}, timeout=HANG)
     print(done.stdout[-6000:], done.stderr[-2000:])
     assert done.returncode == 0
     assert re.search(r"\d+ passed", done.stdout)
@@ -46,7 +45,7 @@ def test_interpreted_kernels(request):
 @needs_triton
 def test_launches_are_those_of_triton():
     """Runs `triton_launched.py`."""
-    done = subprocess.run([sys.executable, HERE / "triton_launched.py"], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, HERE / "triton_launched.py"], capture_output=True, text=True, timeout=HANG)
     assert done.returncode == 0, done.stderr
     assert "launches alike" in done.stdout
 

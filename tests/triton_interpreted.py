@@ -2,6 +2,7 @@
 TRITON_INTERPRET must be set before Triton is imported."""
 
 import importlib
+from dataclasses import replace
 from itertools import chain
 
 import pytest
@@ -15,7 +16,7 @@ from lora_kernels.backends.triton.dequantize import decode_panel
 from lora_kernels.backends.triton.launch import forcing
 from lora_kernels.backends.triton.settings import Config
 from lora_kernels.formats import BLOCKSIZES
-from lora_kernels.testing import Case, assert_close_to_oracle, make_inputs
+from lora_kernels.testing import Case, assert_close_to_oracle, assert_dx_of_group, make_inputs
 
 pytestmark = pytest.mark.usefixtures("poisoned", "on_triton")
 
@@ -177,8 +178,8 @@ GROUPS = {
 def test_group(group, rows, seed):
     """Layers on one x, stacked and not, give what they give alone; dx is their sum."""
     cases = [Case(rows, n, 128, r=r, dtype=FP16, dropout=p, bias=n == 33) for n, r, p in GROUPS[group]]
-    inputs = [make_inputs(case, seed + i) for i, case in enumerate(cases)]
-    x = inputs[0].x
+    x = make_inputs(cases[0], seed).x
+    inputs = [replace(make_inputs(case, seed + i), x=x) for i, case in enumerate(cases)]
     layers = [(i.qw, i.lora_A, i.lora_B, i.case.scaling, i.bias, i.case.dropout, i.seed) for i in inputs]
     needs = [(i.case.r > 0, i.case.r > 0, i.case.bias) for i in inputs]
     dys = [i.dy for i in inputs]
@@ -192,12 +193,15 @@ def test_group(group, rows, seed):
         assert (got is None) == (expected is None)
         if got is not None and got.numel():
             assert got.shape == expected.shape and got.dtype == expected.dtype and got.is_contiguous()
-            error = (got.double() - expected.double()).norm() / expected.double().norm()
-            assert error < 4 * torch.finfo(FP16).eps, error
+    for i, y, h, *rest in zip(inputs, ys, hs, *grads, strict=True):
+        named = zip(("y", "h", "dA", "dB", "dbias"), (y, h if i.case.r else None, *rest), strict=True)
+        assert_close_to_oracle({name: t for name, t in named if t is not None}, i)
+    assert_dx_of_group(dx, inputs)
 
 
 def test_training_follows_the_reference(seed):
-    """Two layers, five steps: the losses are those of the reference backend."""
+    """Two layers, five steps: the losses are those of the reference backend.  Nothing here makes more of a rounding than it is,
+    as Adam does with a gradient near zero and ReLU with a sum."""
     losses = {}
     for name in ("triton", "reference"):
         torch.manual_seed(seed)
@@ -205,10 +209,10 @@ def test_training_follows_the_reference(seed):
             make = lk.FusedQLoRALinear.from_linear
             model = torch.nn.Sequential(
                 make(torch.nn.Linear(64, 128), r=4, lora_alpha=8),
-                torch.nn.ReLU(),
+                torch.nn.Tanh(),
                 make(torch.nn.Linear(128, 8), r=4, lora_alpha=8),
             )
-            optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+            optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
             x, y = torch.randn(20, 64), torch.randn(20, 8)
             losses[name] = []
             for _ in range(5):
