@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lora_kernels as lk
+from lora_kernels.requirements import TooOldError, missing
 
 transformers = pytest.importorskip("transformers")
 bnb = pytest.importorskip("bitsandbytes")
@@ -148,6 +149,42 @@ def test_skipped_modules(kind, dense, tmp_path):
     assert weights(again).keys() == weights(model).keys()
     assert_same_bits(logits(again), logits(model))
     assert again.model.layers[0].mlp.down_proj.weight.dtype == model.model.layers[0].mlp.down_proj.weight.dtype
+
+
+@pytest.mark.parametrize("storage", ["float32", "float16", "bfloat16"])
+def test_no_packed_byte_is_cast(kind, dense, tmp_path, storage):
+    """Transformers before 5.21 would cast packed bytes that look like floats of another dtype than the model's."""
+    model = load(dense, lk.QLoRAQuantConfig(quant_storage=storage), dtype=BF16)
+    model.save_pretrained(tmp_path / "a")
+    if storage != "bfloat16" and missing("transformers", "5.21"):
+        with pytest.raises(
+            TooOldError, match=f"quant_storage {storage} loaded in bfloat16 needs transformers 5.21 or newer, found"
+        ):
+            load(tmp_path / "a", dtype=BF16)
+    else:
+        assert_same_bits(logits(load(tmp_path / "a", dtype=BF16)), logits(model))
+
+
+def test_dense_weights_are_not_taken_for_4_bits(dense, tmp_path):
+    """A folder that says 4 bits and holds none gave a dense model."""
+    load(dense).save_pretrained(tmp_path / "a")
+    config = json.loads((tmp_path / "a/config.json").read_text())
+    edit_json(dense / "config.json", quantization_config=config["quantization_config"])
+    with pytest.raises(ValueError, match=r"found no 4-bit weight for any of model\.layers\.0\."):
+        load(dense)
+
+
+def test_names_of_modules_that_stay_dense():
+    names = ["layers.1", "layers.1.up_proj", "layers.11.up_proj", "mlp.gate", "mlp.gate_proj", "lm_head"]
+    for patterns, dense in (
+        ([r"layers\.1"], names[:2]),
+        ([r"layers\.1\."], names[1:2]),
+        (["layers.*"], names[:3]),
+        (["mlp.gate"], names[3:4]),
+        (["gate_proj|mlp", "head"], names[3:]),
+        ([], []),
+    ):
+        assert [n for n in names if quantizer._stays_dense(n, patterns)] == dense, patterns
 
 
 def test_device_map_bias_and_conv1d(kind, tmp_path):
