@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lora_kernels as lk
-from lora_kernels.requirements import TooOldError, missing
 
 transformers = pytest.importorskip("transformers")
 bnb = pytest.importorskip("bitsandbytes")
@@ -156,13 +155,9 @@ def test_no_packed_byte_is_cast(kind, dense, tmp_path, storage):
     """Transformers before 5.21 would cast packed bytes that look like floats of another dtype than the model's."""
     model = load(dense, lk.QLoRAQuantConfig(quant_storage=storage), dtype=BF16)
     model.save_pretrained(tmp_path / "a")
-    if storage != "bfloat16" and missing("transformers", "5.21"):
-        with pytest.raises(
-            TooOldError, match=f"quant_storage {storage} loaded in bfloat16 needs transformers 5.21 or newer, found"
-        ):
-            load(tmp_path / "a", dtype=BF16)
-    else:
-        assert_same_bits(logits(load(tmp_path / "a", dtype=BF16)), logits(model))
+    again = load(tmp_path / "a", dtype=BF16)
+    assert_same_bits(logits(again), logits(model))
+    assert "_get_dtype_plan" not in vars(again)
 
 
 def test_dense_weights_are_not_taken_for_4_bits(dense, tmp_path):

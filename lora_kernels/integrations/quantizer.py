@@ -8,7 +8,7 @@ A dense checkpoint is quantized tensor by tensor while it is read; one in bitsan
 
 from __future__ import annotations
 
-from ..requirements import installed, require
+from ..requirements import installed, missing, require
 
 require("transformers", "lora_kernels.QLoRAQuantConfig")
 
@@ -220,6 +220,12 @@ def _stays_dense(name: str, patterns: list[str]) -> bool:
     return any(re.fullmatch(rf"(?:{p})(?:(?:\.|(?<=\.)).*)?", name) or name.endswith(p) for p in patterns)
 
 
+def _load_uncast(model: Any, layers: set[str]) -> None:
+    """Keeps transformers before 5.21 from casting packed bytes that are held as floats to the dtype of the model."""
+    weights, plan = "|".join(map(re.escape, layers)), model._get_dtype_plan
+    model._get_dtype_plan = lambda dtype: {rf"^(?:{weights})\.weight$": None} | plan(dtype)
+
+
 @register_quantizer(METHOD)
 class QLoRAQuantizer(HfQuantizer):
     """What transformers calls while it loads a model with a `QLoRAQuantConfig`."""
@@ -264,19 +270,19 @@ class QLoRAQuantizer(HfQuantizer):
             if isinstance(module, (nn.Linear, Conv1D)) and not _stays_dense(name, skip):
                 if not self.pre_quantized:
                     check_storage(config.quant_storage, module.weight.numel())
-                elif config.quant_storage not in (torch.uint8, module.weight.dtype):
-                    dtypes = (dtype_name(config.quant_storage), dtype_name(module.weight.dtype))  # older ones cast it
-                    require("transformers", "a checkpoint with quant_storage {} loaded in {}".format(*dtypes), "5.21")
                 self.targets.add(name)
                 module.requires_grad_(False)
         if not self.targets:
             raise ValueError("model has no linear layer to quantize, or modules_to_not_convert names all of them")
         config.modules_to_not_convert = sorted(skip)
+        if self.pre_quantized and missing("transformers", "5.21"):
+            _load_uncast(model, self.targets)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if self.problems:
             listed = "; ".join(self.problems[:5]) + (f"; and {len(self.problems) - 5} more" if len(self.problems) > 5 else "")
             raise ValueError(f"the model was not loaded: {listed}")
+        model.__dict__.pop("_get_dtype_plan", None)
         if not self.loaded:
             raise ValueError(
                 f"the model was not loaded: transformers {installed('transformers')} found no "
