@@ -6,7 +6,6 @@ import datetime
 import functools
 import gc
 import hashlib
-import importlib.metadata
 import os
 import platform
 import statistics
@@ -230,13 +229,10 @@ ROOT = Path(__file__).parent.parent
 def environment(device: torch.device) -> dict[str, object]:
     """Everything that a result depends on and that the code does not say."""
     from lora_kernels import __version__, backends
+    from lora_kernels.requirements import installed
 
     versions: dict[str, str | None] = {"lora_kernels": __version__, "python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
+    versions |= {package: installed(package) for package in PACKAGES}
     for package, variable in CHECKOUTS.items():
         if path := os.environ.get(variable):
             versions[package] = _output("git", "-C", path, "rev-parse", "--short=12", "HEAD") or f"a checkout, {variable}"

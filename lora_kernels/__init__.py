@@ -1,5 +1,11 @@
 """Fused QLoRA kernels: a frozen 4-bit linear layer with low-rank adapters, forward and backward, on any machine."""
 
+# ruff: noqa: E402
+
+from .requirements import require
+
+require("torch", "lora_kernels")
+
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 

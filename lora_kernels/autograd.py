@@ -170,6 +170,10 @@ def linears(x: Tensor, layers: Sequence[FlatLayer]) -> list[Tensor]:
     return _outputs(x, ready)[0]
 
 
+NO_AUTOCAST = ("meta", "lazy", "vulkan")
+"""Device types without autocast, of which it can't be asked; `is_autocast_available` breaks graphs of torch.compile 2.11."""
+
+
 def _checked_input(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     """x, in the autocast dtype under autocast."""
     if not isinstance(x, Tensor):
@@ -177,8 +181,7 @@ def _checked_input(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     if x.dim() == 0 or len(shape) != 2 or x.shape[-1] != shape[1]:
         raise ValueError(f"x must have last dimension K={shape[-1]} to match weight {list(shape)}, got {list(x.shape)}")
     device_type = x.device.type
-    autocast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)  # never on "meta"
-    if autocast and x.dtype in WEIGHT_DTYPES:
+    if device_type not in NO_AUTOCAST and torch.is_autocast_enabled(device_type) and x.dtype in WEIGHT_DTYPES:
         x = x.to(torch.get_autocast_dtype(device_type))
     return x
 

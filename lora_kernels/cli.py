@@ -13,6 +13,8 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
+from .requirements import TooOldError
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -47,7 +49,7 @@ class _Commands(TyperGroup):
             if e.name is None or e.name.startswith("lora_kernels"):
                 raise
             _fail(_missing_extra(e), 2)
-        except (ValueError, OSError) as e:
+        except (ValueError, OSError, TooOldError) as e:
             _fail(f"error: {e}", 2)
         except RuntimeError as e:
             from .processes import failed_elsewhere

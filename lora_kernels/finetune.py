@@ -387,6 +387,8 @@ def _quantize(model: nn.Module, settings: Settings) -> None:
 def _trainer(
     settings: Settings, model: Any, tokenizer: Any, train: list[Example], held_out: list[Example], monitor: Monitor
 ) -> QLoRATrainer:
+    renamed = hasattr(TrainingArguments, "activation_checkpointing")  # in transformers 5.23
+    checkpointing = "activation_checkpointing" if renamed else "gradient_checkpointing"
     args = TrainingArguments(
         output_dir=str(Path(settings.out) / CHECKPOINTS),
         per_device_train_batch_size=settings.batch_size,
@@ -396,7 +398,6 @@ def _trainer(
         num_train_epochs=settings.epochs,
         max_steps=settings.max_steps or -1,
         seed=settings.seed,
-        activation_checkpointing=settings.gradient_checkpointing,
         use_cpu=settings.torch_device.type == "cpu",
         logging_steps=1,
         save_strategy="no",  # the monitor says when
@@ -408,6 +409,7 @@ def _trainer(
         dataloader_pin_memory=False,
         ddp_broadcast_buffers=False,
         ddp_find_unused_parameters=False,
+        **{checkpointing: settings.gradient_checkpointing},
     )
     args._n_gpu = min(args.n_gpu, 1)  # one process, one GPU: no DataParallel
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0

@@ -61,7 +61,7 @@ def test_help():
 def test_doctor():
     done = cli("doctor")
     assert done.exit_code == 0
-    assert torch.__version__ in done.output
+    assert torch.__version__.partition("+")[0] in done.output
     assert re.search(r"cpu: (native|reference)", done.output)
     assert "check: forward and backward of a QLoRA layer agree with float64" in done.output
 

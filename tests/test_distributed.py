@@ -14,15 +14,21 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import HANG, as_bitsandbytes, tiny_llama
+from conftest import HANG, as_bitsandbytes, bits, tiny_llama
 from tiny_folder import chats, make_folder, write_jsonl
 from torch import nn
 
 import lora_kernels as lk
+from lora_kernels.requirements import missing
 
 CPU = torch.device("cpu")
 KINDS = ["own", "bitsandbytes"]
 IDS = torch.arange(4 * 18).reshape(4, 18) * 7 % 96
+
+
+SHARDS_BYTES = missing("torch", "2.12") is None
+STORAGE = {} if SHARDS_BYTES else {"quant_storage": torch.bfloat16}
+"""How weights are packed that FSDP2 shards: before torch 2.12 it takes floating-point parameters only."""
 
 
 def build(kind, **quant):
@@ -79,7 +85,7 @@ def adapters_of_a_sharded_model(out, rank):
     if rank == 0:
         lk.save_adapter(one, f"{out}.one")
     dist.barrier()
-    model = lk.apply_qlora(tiny_llama(), r=1, lora_alpha=2)
+    model = lk.apply_qlora(tiny_llama(), r=1, lora_alpha=2, **STORAGE)
     for layer in model.model.layers:
         fully_shard(layer)
     fully_shard(model)
@@ -119,28 +125,30 @@ def program(out):
             seen["together"].append(f"{type(e).__name__}: {e}")
     for kind in KINDS:
         seen[kind] = got = {}
-        one = build(kind)
+        one = build(kind, **STORAGE)
         state = {k: v.clone() for k, v in one.state_dict().items()}
         got["one"] = steps(one, IDS, reduce=False)
         got["ddp"] = steps(nn.parallel.DistributedDataParallel(build(kind)), mine)
         got["accelerate"] = steps(accelerator.prepare_model(build(kind)), mine)
 
-        model = shard(build(kind))
+        model = shard(build(kind, **STORAGE))
         got["bytes"] = packed_bytes(model)
         got["fused"] = len(lk.verify(model, strict=True).fused)
         full = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
         if rank == 0:
-            got["full"] = full.keys() == state.keys() and all(torch.equal(full[k], state[k]) for k in state)
+            got["full"] = full.keys() == state.keys() and all(torch.equal(bits(full[k]), bits(state[k])) for k in state)
         got["fsdp2"] = steps(model, mine)
 
         before = [t.clone() for t in scales(one)]
-        bf16 = shard(build(kind), mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16), reshard_after_forward=False)
+        bf16 = shard(
+            build(kind, **STORAGE), mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16), reshard_after_forward=False
+        )
         got["bf16"] = steps(bf16, mine)
         got["scales"] = all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(scales(bf16), before, strict=True))
 
         sharded = get_model_state_dict(model)  # the trained model, through a distributed checkpoint
         save(sharded, checkpoint_id=f"{out}.{kind}.dcp")
-        again = shard(build(kind))
+        again = shard(build(kind, **STORAGE))
         sharded = get_model_state_dict(again)
         load(sharded, checkpoint_id=f"{out}.{kind}.dcp")
         set_model_state_dict(again, sharded)
@@ -151,7 +159,7 @@ def program(out):
             got |= adapters_of_a_sharded_model(f"{out}.adapter", rank)
 
         if kind == "own":  # made on the meta device, filled by process 0
-            empty = shard(copy.deepcopy(build(kind)).to("meta")).to_empty(device="cpu")
+            empty = shard(copy.deepcopy(build(kind, **STORAGE)).to("meta")).to_empty(device="cpu")
             with torch.no_grad():
                 for m in empty.modules():  # what no state dict holds
                     if hasattr(m, "inv_freq"):
@@ -167,6 +175,11 @@ def program(out):
         seen["fsdp1 uint8"] = ""
     except ValueError as e:
         seen["fsdp1 uint8"] = str(e)
+    try:
+        shard(build("own"))
+        seen["fsdp2 uint8"] = ""
+    except RuntimeError as e:
+        seen["fsdp2 uint8"] = str(e)
     Path(f"{out}.{rank}").write_text(json.dumps(seen))
     dist.destroy_process_group()
 
@@ -243,6 +256,10 @@ def test_a_model_from_the_meta_device(seen):
 def test_fsdp1_needs_quant_storage(seen):
     assert seen[0]["fsdp1"] == pytest.approx(seen[0]["own"]["one"], rel=1e-5)
     assert "uniform dtype" in seen[0]["fsdp1 uint8"]
+
+
+def test_fsdp2_of_bytes_needs_torch_2_12(seen):
+    assert bool(seen[0]["fsdp2 uint8"]) != SHARDS_BYTES
 
 
 def test_processes_fail_together(seen):

@@ -151,6 +151,38 @@ def test_skipped_modules(kind, dense, tmp_path):
     assert again.model.layers[0].mlp.down_proj.weight.dtype == model.model.layers[0].mlp.down_proj.weight.dtype
 
 
+@pytest.mark.parametrize("storage", ["float32", "float16", "bfloat16"])
+def test_no_packed_byte_is_cast(kind, dense, tmp_path, storage):
+    """Transformers before 5.21 would cast packed bytes that look like floats of another dtype than the model's."""
+    model = load(dense, lk.QLoRAQuantConfig(quant_storage=storage), dtype=BF16)
+    model.save_pretrained(tmp_path / "a")
+    again = load(tmp_path / "a", dtype=BF16)
+    assert_same_bits(logits(again), logits(model))
+    assert "_get_dtype_plan" not in vars(again)
+
+
+def test_dense_weights_are_not_taken_for_4_bits(dense, tmp_path):
+    """A folder that says 4 bits and holds none gave a dense model."""
+    load(dense).save_pretrained(tmp_path / "a")
+    config = json.loads((tmp_path / "a/config.json").read_text())
+    edit_json(dense / "config.json", quantization_config=config["quantization_config"])
+    with pytest.raises(ValueError, match=r"found no 4-bit weight for any of model\.layers\.0\."):
+        load(dense)
+
+
+def test_names_of_modules_that_stay_dense():
+    names = ["layers.1", "layers.1.up_proj", "layers.11.up_proj", "mlp.gate", "mlp.gate_proj", "lm_head"]
+    for patterns, dense in (
+        ([r"layers\.1"], names[:2]),
+        ([r"layers\.1\."], names[1:2]),
+        (["layers.*"], names[:3]),
+        (["mlp.gate"], names[3:4]),
+        (["gate_proj|mlp", "head"], names[3:]),
+        ([], []),
+    ):
+        assert [n for n in names if quantizer._stays_dense(n, patterns)] == dense, patterns
+
+
 def test_device_map_bias_and_conv1d(kind, tmp_path):
     config = transformers.GPT2Config(vocab_size=96, n_positions=32, n_embd=64, n_layer=1, n_head=2)
     original = transformers.GPT2LMHeadModel(config).eval()

@@ -19,23 +19,29 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lora_kernels.backends import reference
 from lora_kernels.backends import triton as backend
 from lora_kernels.formats import codebook
+from lora_kernels.requirements import missing, numbers
 from lora_kernels.testing import Case, make_inputs, relative_error
 
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton is not installed: pip install triton"
 )
 HERE = Path(__file__).parent
+INTERPRET = {"TRITON_INTERPRET": "1"}
 
 
 @needs_triton
 def test_interpreted_kernels(request):
     """Runs `triton_interpreted.py` where Triton interprets its kernels."""
-    versions = [tuple(map(int, version(name).split(".")[:2])) for name in ("triton", "numpy")]
-    if versions[0] < (3, 7) and versions[1] >= (2, 4):
-        pytest.skip("the interpreter of Triton 3.6 needs numpy < 2.4")
+    if missing("triton", "3.7") and numbers(version("numpy")) >= (2, 4):
+        out = python(
+            "import torch; from lora_kernels.backends import triton as t; print(t.unavailable(torch.device('cpu')))",
+            **INTERPRET,
+        )
+        assert "interpreter of Triton 3.6 needs numpy before 2.4" in out
+        pytest.skip(out)
     command = [sys.executable, "-m", "pytest", "-q", "-W", "ignore", "-p", "no:cacheprovider", HERE / "triton_interpreted.py"]
     command += ["--seed", str(request.config.option.seed)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"TRITON_INTERPRET": "1"}, timeout=HANG)
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | INTERPRET, timeout=HANG)
     print(done.stdout[-6000:], done.stderr[-2000:])
     assert done.returncode == 0
     assert re.search(r"\d+ passed", done.stdout)

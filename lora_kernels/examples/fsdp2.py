@@ -25,7 +25,8 @@ def main(path: str, out: str, steps: int = 5) -> list[float]:
         torch.cuda.set_device(device)
     torch.manual_seed(0)  # the same adapters everywhere
 
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, quantization_config=lk.QLoRAQuantConfig())
+    config = lk.QLoRAQuantConfig(quant_storage=torch.bfloat16)  # torch 2.11 shards floating-point weights only
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, quantization_config=config)
     model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")).to(device)
     for layer in model.base_model.model.model.layers:
         fully_shard(layer)

@@ -3,7 +3,13 @@
 `FusedLinear4bit` is a `bnb.nn.Linear4bit`, parameters, state dict and all; whatever recognises that class works with it.
 """
 
+# ruff: noqa: E402
+
 from __future__ import annotations
+
+from ..requirements import require
+
+require("bitsandbytes", "lora_kernels.integrations.bitsandbytes")
 
 from collections.abc import Callable
 from typing import Any
@@ -196,7 +202,7 @@ def patch_bitsandbytes() -> dict[str, list[str]]:
         replaced[device_type] = sorted(ops)
         if library is not None:
             for name, fn in ops.items():
-                library.impl(name, fn, device_type.upper())
+                library.impl(name, fn, device_type.upper(), allow_override=True)
     if library is not None:
         _library = library
     return replaced

@@ -5,7 +5,13 @@ from_pretrained, add_adapter and load_adapter then make fused LoRA layers.  What
 base layer; `why_not_fused` says why, and `lora_kernels.verify` shows it.
 """
 
+# ruff: noqa: E402
+
 from __future__ import annotations
+
+from ..requirements import require
+
+require("peft", "lora_kernels.integrations.peft")
 
 import warnings
 from collections.abc import Callable, Iterator
@@ -31,7 +37,7 @@ try:
     from peft.tuners.lora.bnb import Linear4bit as PeftLinear4bit
 
     from .bitsandbytes import FusedLinear4bit
-except ImportError:
+except ModuleNotFoundError:
     PeftLinear4bit = FusedLinear4bit = None  # type: ignore[assignment, misc]
 
 _IGNORED_IN_4_BIT = ("use_qalora", "use_bdlora", "kasa_config", "monteclora_config")

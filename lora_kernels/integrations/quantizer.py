@@ -4,18 +4,25 @@ A dense checkpoint is quantized tensor by tensor while it is read; one in bitsan
 `save_pretrained` writes bitsandbytes' format, so that what it wrote loads with or without this package.
 """
 
+# ruff: noqa: E402
+
 from __future__ import annotations
 
+from ..requirements import installed, missing, require
+
+require("transformers", "lora_kernels.QLoRAQuantConfig")
+
+import re
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.core_model_loading import ConversionOps
+from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.auto import AutoHfQuantizer
-from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
+from transformers.quantizers.quantizers_utils import get_module_from_name
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..autograd import quantize
@@ -33,12 +40,12 @@ from ..nn import FusedQLoRALinear
 
 try:
     from .bitsandbytes import FusedLinear4bit
-except ImportError:
+except ModuleNotFoundError:
     FusedLinear4bit = None  # type: ignore[assignment, misc]
 
 try:
     from . import peft as _peft
-except ImportError:
+except ModuleNotFoundError:
     _peft = None  # type: ignore[assignment]
 
 METHOD = "lora_kernels"
@@ -200,8 +207,23 @@ def new_layer(qw: QuantizedWeight, bias: Tensor | None, compute_dtype: torch.dty
 
 
 def _serialized_names() -> list[str]:
-    parts = ["", ".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map"]
-    return [f"weight{p}" for p in parts + [f".quant_state.bitsandbytes__{q}" for q in QUANT_TYPES]]
+    """What a 4-bit weight is made of, the weight itself last: transformers takes the first name that is part of a key."""
+    parts = [".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map"]
+    return [f"weight{p}" for p in [*parts, *(f".quant_state.bitsandbytes__{q}" for q in QUANT_TYPES), ""]]
+
+
+def _stays_dense(name: str, patterns: list[str]) -> bool:
+    """Whether a module is one of `patterns` or inside one: regular expressions for whole parts of a name, or ends of names.
+
+    Transformers before 5.21 took `layers.1` for a part of `layers.11` too.
+    """
+    return any(re.fullmatch(rf"(?:{p})(?:(?:\.|(?<=\.)).*)?", name) or name.endswith(p) for p in patterns)
+
+
+def _load_uncast(model: Any, layers: set[str]) -> None:
+    """Keeps transformers before 5.21 from casting packed bytes that are held as floats to the dtype of the model."""
+    weights, plan = "|".join(map(re.escape, layers)), model._get_dtype_plan
+    model._get_dtype_plan = lambda dtype: {rf"^(?:{weights})\.weight$": None} | plan(dtype)
 
 
 @register_quantizer(METHOD)
@@ -209,8 +231,6 @@ class QLoRAQuantizer(HfQuantizer):
     """What transformers calls while it loads a model with a `QLoRAQuantConfig`."""
 
     quantization_config: QLoRAQuantConfig
-    serialized_names = {"weight": _serialized_names()}  # noqa: RUF012
-    quantized_element_size = 0.5
 
     def __init__(self, quantization_config: QLoRAQuantConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
@@ -234,6 +254,10 @@ class QLoRAQuantizer(HfQuantizer):
         path, _, leaf = param_name.rpartition(".")
         return leaf == "weight" and path in self.targets
 
+    def param_element_size(self, model: nn.Module, param_name: str, param: Tensor) -> float:
+        """Bytes, for what transformers plans to put where."""
+        return 0.5 if self.param_needs_quantization(model, param_name) else param.element_size()
+
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         config = self.quantization_config
         skip = self.get_modules_to_not_convert(
@@ -243,7 +267,7 @@ class QLoRAQuantizer(HfQuantizer):
             add_default_skips=not self.pre_quantized,
         )
         for name, module in model.named_modules():
-            if isinstance(module, (nn.Linear, Conv1D)) and should_convert_module(name, skip):
+            if isinstance(module, (nn.Linear, Conv1D)) and not _stays_dense(name, skip):
                 if not self.pre_quantized:
                     check_storage(config.quant_storage, module.weight.numel())
                 self.targets.add(name)
@@ -251,11 +275,19 @@ class QLoRAQuantizer(HfQuantizer):
         if not self.targets:
             raise ValueError("model has no linear layer to quantize, or modules_to_not_convert names all of them")
         config.modules_to_not_convert = sorted(skip)
+        if self.pre_quantized and missing("transformers", "5.21"):
+            _load_uncast(model, self.targets)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if self.problems:
             listed = "; ".join(self.problems[:5]) + (f"; and {len(self.problems) - 5} more" if len(self.problems) > 5 else "")
             raise ValueError(f"the model was not loaded: {listed}")
+        model.__dict__.pop("_get_dtype_plan", None)
+        if not self.loaded:
+            raise ValueError(
+                f"the model was not loaded: transformers {installed('transformers')} found no "
+                f"{'4-bit' if self.pre_quantized else 'dense'} weight for any of {', '.join(sorted(self.targets)[:3])}, ..."
+            )
         for name, qw in self.loaded.items():
             layer = model.get_submodule(name)
             if isinstance(layer, FusedQLoRALinear):  # transformers put empty tensors in the place of its buffers
@@ -285,8 +317,8 @@ class QLoRAQuantizer(HfQuantizer):
     def get_quantize_ops(self) -> Quantize:
         return Quantize(self)
 
-    def get_load_operations(self) -> dict[str, Any]:
-        return {"deserialize": Deserialize}
+    def get_weight_conversions(self) -> list[Any]:
+        return [WeightConverter(_serialized_names(), "weight", [Deserialize(self)])] if self.pre_quantized else []
 
 
 def _operations(conversion: Any) -> list[Any]:

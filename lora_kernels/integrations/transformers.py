@@ -22,6 +22,7 @@ from ..adapter import writing
 from ..formats import QUANT_TYPES, QuantizedWeight, dtype_name
 from ..model import apply_qlora, fused_layers
 from ..nn import AdapterConfig, FusedQLoRALinear
+from ..requirements import require
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _STATE = tuple(f".quant_state.bitsandbytes__{q}" for q in QUANT_TYPES)
@@ -45,6 +46,7 @@ def load_model(model: str | os.PathLike[str], dtype: torch.dtype | None = None) 
     Raises:
         ValueError: `model` is nothing that can be loaded; the message says what is missing.
     """
+    require("transformers", "a model of transformers")
     from transformers import AutoTokenizer
 
     path = Path(model).expanduser()
