@@ -6,7 +6,6 @@ import os
 import platform
 import shutil
 import subprocess
-from importlib.metadata import PackageNotFoundError, version
 
 import torch
 from rich.console import Console
@@ -15,6 +14,7 @@ from rich.table import Table
 from . import backends
 from .autograd import qlora_linear
 from .backends import native
+from .requirements import FLOORS, installed, missing
 from .testing import Case, assert_close_to_oracle, make_inputs
 from .version import __version__
 
@@ -23,13 +23,17 @@ FEATURES = ("avx2", "avx512_f", "avx512_bf16", "avx512_vnni", "amx_bf16", "neon"
 
 
 def report(console: Console) -> bool:
-    """Prints the whole report.  Returns whether every device computes a layer as it should."""
+    """Prints the whole report.  Returns whether every device computes a layer as it should, and no installed package
+    is too old."""
     console.print(_rows({"lora_kernels": __version__, "python": platform.python_version(), **_versions(), **_devices()}))
     console.print()
     forced = backends.forced()
     if forced:
         console.print(f"LORA_KERNELS_BACKEND forces {forced!r} on every device")
-    healthy = True
+    problems = _too_old()
+    for problem in problems:
+        console.print(f"too old: needed is {problem}", soft_wrap=True, markup=False)
+    healthy = not problems
     for device in _torch_devices():
         problem = _problem(device)
         check = problem or "forward and backward of a QLoRA layer agree with float64"
@@ -46,13 +50,12 @@ def _rows(rows: dict[str, str]) -> Table:
 
 
 def _versions() -> dict[str, str]:
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found | {"compiler": _compiler()}
+    return {name: installed(name) or "not installed" for name in PACKAGES} | {"compiler": _compiler()}
+
+
+def _too_old() -> list[str]:
+    """The installed packages that are older than lora_kernels supports, each with the command that cures it."""
+    return [problem for name in FLOORS if installed(name) and (problem := missing(name))]
 
 
 def _compiler() -> str:

@@ -5,7 +5,7 @@
 | `LORA_KERNELS_BACKEND` | unset | force one backend (`triton`, `native`, `reference`); a call it can't run raises |
 | `LORA_KERNELS_CPU_ISA` | best the CPU has | native level: `portable`, `avx2`, `avx512`, `avx512bf16`, `amx` (read in csrc) |
 | `LORA_KERNELS_BUILD` | `auto` | what `setup.py` compiles: `auto`, `cpu`, `cuda`, `none` (read in setup.py) |
-| `LORA_KERNELS_CUDA_ARCHS` | see setup.py | compute capabilities that csrc/cuda is compiled for, as `80 90` (read in setup.py) |
+| `LORA_KERNELS_CUDA_ARCHS` | see setup.py | compute capabilities to compile csrc/cuda for, as `80 90` (read in setup.py) |
 | `LORA_KERNELS_TORCH` | the one installed | folders of the torch packages that csrc/ is compiled for (read in setup.py) |
 
 The variables by which torchrun and `accelerate launch` introduce the processes of a run to each other (`RANK`, `LOCAL_RANK`,

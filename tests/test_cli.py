@@ -76,6 +76,17 @@ def test_doctor_finds_a_wrong_result(monkeypatch):
     assert "check: FAILED: AssertionError: y: error" in done.output
 
 
+def test_doctor_names_what_is_too_old(monkeypatch):
+    from lora_kernels import requirements
+
+    monkeypatch.setitem(requirements.FLOORS, "peft", "99.1")
+    done = cli("doctor")
+    assert done.exit_code == 1
+    assert re.search(
+        r"^too old: needed is peft 99\.1 or newer, found \S+: pip install 'peft>=99\.1'$", done.stdout, re.MULTILINE
+    )
+
+
 def test_doctor_says_how_to_get_the_better_backend():
     with lk.use_backend("reference"):
         done = cli("doctor")

@@ -119,8 +119,8 @@ def test_resume_is_exact(settings, tmp_path, monkeypatch, dropout):
 
 
 def test_time_limit(settings, monkeypatch):
-    """A run that time ends has its learning rate at the end of its schedule, not in the middle.  On a clock of its own, by which
-    a step takes six seconds."""
+    """A run that time ends has its learning rate at the end of its schedule, not in the middle.  On a clock of its own, by
+    which a step takes six seconds."""
     now, step_begin = [0.0], Monitor.on_step_begin
 
     def six_seconds(*args, **kwargs):
