@@ -229,8 +229,8 @@ def error_floor(want: Tensor, dtype: torch.dtype, independent: int | None = None
 def assert_close(
     name: str, got: Tensor, want: Tensor, base: Tensor, terms: Tensor, floor: float, factor: float = 2.0, where: str = ""
 ) -> None:
-    """Raises AssertionError if `got` has another shape than `want`, holds NaN, or errs more, in the norm or in one element, than
-    `factor` times `base` plus `floor` (relative to the terms of the sums, where they cancel)."""
+    """Raises AssertionError if `got` has another shape than `want`, holds NaN, or errs more, in the norm or in one element,
+    than `factor` times `base` plus `floor` (relative to the terms of the sums, where they cancel)."""
     if tuple(got.shape) != tuple(want.shape):
         raise AssertionError(f"{name}: shape {list(got.shape)}, expected {list(want.shape)} {where}")
     if got.numel() == 0:
