@@ -152,7 +152,7 @@ def run(
     results: list[dict[str, Any]] = []
     for suite in suites:
         env["freed_memory_kept"] = on_cpu and keep_freed_memory()
-        meter = Meter()
+        meter = Meter() if on_cpu else None
         file, picture = (target(p, suite, s, len(suites) > 1) for p, s in ((json, ".json"), (plot, ".png")))
         if suite == "memory":
             if not any(only in bench_layer.label(case) for case in cases.memory(where, quick)):
@@ -183,10 +183,10 @@ def run(
         fail("lora_kernels is wrong on " + "; ".join(bad))
 
 
-def _finish(result: dict[str, Any], file: Path | None, picture: Path | None, meter: Meter) -> None:
-    """Writes the result, with the part of the time that it waited for a core."""
-    result["waited"] = meter.waited()
-    if result["waited"] > BUSY:
+def _finish(result: dict[str, Any], file: Path | None, picture: Path | None, meter: Meter | None) -> None:
+    """Writes the result, on a CPU with the part of the time that threads waited for a core."""
+    result["waited"] = meter.waited() if meter else None
+    if meter and result["waited"] > BUSY:
         busy = f"threads waited {result['waited']:.0%} of the time for a core: do not trust its numbers"
         typer.echo(f"warning: {result['suite']}: {busy}")
     if file:
