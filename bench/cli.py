@@ -20,6 +20,7 @@ except ImportError as e:
 import torch
 
 from lora_kernels.allocator import keep_freed_memory
+from lora_kernels.threads import BUSY, Meter, fit
 
 from . import bench_layer, bench_memory, bench_model, bench_weight, cases, grid, profile_op
 from . import compile_check as compile_check_
@@ -27,7 +28,7 @@ from . import report as report_
 from . import resources as resources_
 from . import targets as targets_
 from . import tune as tune_
-from .measure import QUICK, Effort, environment
+from .measure import QUICK, Effort, environment, waited_now
 from .plot import draw
 from .suite import OURS, Line, run_suite, write_json, write_text, wrong_lines
 
@@ -132,11 +133,16 @@ def run(
         suites = list(SUITES if on_cpu else GPU_ORDER)
     if threads:
         torch.set_num_threads(threads)
+    if on_cpu:
+        fit(typer.echo, f"--threads={threads}" if threads else None)
     length = length or (256 if on_cpu else 1024)
     seconds = (0.2 if on_cpu else 0.1) if seconds is None else seconds
     if quick:
         batch, length = min(batch, 2), min(length, 16)
     console, env = make_console(), environment(where)
+    if on_cpu and (waits := waited_now()) > BUSY:
+        busy = f"other programs hold the cores, for which threads wait {waits:.0%} of the time"
+        console.print(f"[red]warning: {busy}: do not trust the numbers below[/red]")
     deadline = time.monotonic() + 60 * minutes if minutes else math.inf
     if save and (quick or only):
         fail("--save replaces the results of whole suites: not with --quick or --only")
@@ -146,13 +152,14 @@ def run(
     results: list[dict[str, Any]] = []
     for suite in suites:
         env["freed_memory_kept"] = on_cpu and keep_freed_memory()
+        meter = Meter() if on_cpu else None
         file, picture = (target(p, suite, s, len(suites) > 1) for p, s in ((json, ".json"), (plot, ".png")))
         if suite == "memory":
             if not any(only in bench_layer.label(case) for case in cases.memory(where, quick)):
                 continue
             names = names_of(bench_layer.TRAIN_NAMES, against)
             results.append(bench_memory.run_suite(where, names, console, env, quick, only, deadline))
-            _finish(results[-1], file, picture)
+            _finish(results[-1], file, picture, meter)
             continue
         try:
             lines = [line for line in lines_of(suite, where, quick, model, layers, batch, length) if only in line.label]
@@ -163,7 +170,7 @@ def run(
         effort = QUICK if quick else effort_of(suite, where, seconds)
         names = names_of([n for line in lines for n in line.names], against)
         results.append(run_suite(suite, lines, where, names, effort, console, env, quick, deadline))
-        _finish(results[-1], file, picture)
+        _finish(results[-1], file, picture, meter)
         if suite == GRID:
             grid.show(results[-1], console)
     if not results:
@@ -176,7 +183,12 @@ def run(
         fail("lora_kernels is wrong on " + "; ".join(bad))
 
 
-def _finish(result: dict[str, Any], file: Path | None, picture: Path | None) -> None:
+def _finish(result: dict[str, Any], file: Path | None, picture: Path | None, meter: Meter | None) -> None:
+    """Writes the result, on a CPU with the part of the time that threads waited for a core."""
+    result["waited"] = meter.waited() if meter else None
+    if meter and result["waited"] > BUSY:
+        busy = f"threads waited {result['waited']:.0%} of the time for a core: do not trust its numbers"
+        typer.echo(f"warning: {result['suite']}: {busy}")
     if file:
         write_json(file, result)
     if picture:

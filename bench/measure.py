@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from lora_kernels.backends import native
+from lora_kernels.threads import Meter, cpu_quota
 
 Run = Callable[[int], object]
 """Computes once, on the i-th copy of the data."""
@@ -167,6 +168,15 @@ def _tensors(out: object) -> list[torch.Tensor]:
 # ---- the machine
 
 
+def waited_now(seconds: float = 0.5) -> float:
+    """Part of so many seconds of work on all threads that they waited for a core."""
+    x = torch.ones(512, 512)
+    meter, end = Meter(), time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        x @ x
+    return meter.waited()
+
+
 def cache_bytes(device: torch.device) -> int:
     """Bytes of the last-level cache; 64 MiB where the system does not say."""
     if device.type == "cuda":
@@ -244,6 +254,7 @@ def environment(device: torch.device) -> dict[str, object]:
         else None,
         "backend": backends.pick(device).__name__.removeprefix("lora_kernels.backends."),
         "threads": torch.get_num_threads(),
+        "cpu_quota": cpu_quota(),
         "cache_bytes": cache_bytes(device),
         "versions": versions,
         "commit": _output("git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD"),

@@ -111,10 +111,17 @@ def _quiet(model: str | Path | None = None) -> Console:
     return Console(highlight=False, soft_wrap=True, quiet=not FIRST)
 
 
+def _note(line: str) -> None:
+    """Tells something beside the output proper."""
+    typer.echo(line, err=True)
+
+
 def _load(model: str, adapter: Path | None) -> tuple[Any, Any, str]:
     """A model in 4 bits with an adapter, on the best device, its tokenizer, and how its weights became 4-bit."""
+    from . import threads
     from .finetune import load_with_adapter, pick_device, pick_dtype
 
+    threads.fit(_note)
     device = pick_device()
     loaded, tokenizer, how = load_with_adapter(model, adapter, pick_dtype(device))
     return loaded.to(device), tokenizer, how
@@ -143,7 +150,8 @@ def finetune(
     lr: Annotated[float, Option(help="Peak learning rate.")] = 2e-4,
     epochs: Annotated[float, Option(help="Passes over the data.")] = 1.0,
     max_steps: Annotated[int | None, Option(help="Optimizer steps, in place of --epochs.", show_default=False)] = None,
-    max_minutes: Annotated[float | None, Option(help="Stop training after this time.", show_default=False)] = None,
+    max_minutes: Annotated[float | None, Option(help="Stop when steps have taken this time.", show_default=False)] = None,
+    min_steps: Annotated[int, Option(help="Steps that --max-minutes waits for, up to three times as long.")] = 1,
     batch_size: Annotated[int, Option(help="Records a step and process.")] = 4,
     grad_accum: Annotated[int, Option(help="Batches added up for one optimizer step.")] = 1,
     max_length: Annotated[int, Option(help="Tokens a record; the rest is cut off.")] = 1024,
@@ -188,7 +196,7 @@ def _stop_if_interrupted(result: Result, console: Console) -> None:
 @app.command()
 def demo(
     folder: Annotated[Path, Option("--dir", help="Folder for model, data and run.")] = Path("demo"),
-    minutes: Annotated[float, Option(help="Limit of the training itself.")] = 5.0,
+    minutes: Annotated[float, Option(help="Limit of the training itself, for at least 30 steps.")] = 5.0,
     resume: Annotated[bool, Option("--resume", help="Go on with an interrupted run.")] = False,
 ) -> None:
     """Fetch a small model, teach it Python's own docstrings, and show what came of it."""
@@ -216,11 +224,14 @@ def generate(
 
     from .integrations.transformers import answer
     from .model import group_projections
+    from .threads import Watch
 
-    loaded, tokenizer, _ = _load(model, adapter)
-    group_projections(loaded)
-    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    answer(loaded, tokenizer, prompt, max_new_tokens, temperature, streamer)
+    with Watch(_note) as watch:
+        loaded, tokenizer, _ = _load(model, adapter)
+        group_projections(loaded)
+        watch.look()
+        streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        answer(loaded, tokenizer, prompt, max_new_tokens, temperature, streamer)
 
 
 @app.command()

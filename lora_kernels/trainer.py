@@ -21,6 +21,10 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from . import processes
 from .adapter import load_adapter, save_adapter, writing
 from .data import IGNORED
+from .threads import Watch
+
+PATIENCE = 3
+"""A run that is given a number of steps as well as a time may take so many times that time for them."""
 
 
 def lr_factor(progress: float) -> float:
@@ -44,29 +48,38 @@ class Monitor(TrainerCallback):
         minutes: float | None,
         evals: int,
         save_steps: int,
+        min_steps: int = 1,
+        cores: Watch | None = None,
     ) -> None:
         """Makes a monitor.
 
         Args:
             write_log: puts the log on disk; called at every checkpoint.
-            minutes: training stops after that time; None for no limit.
+            minutes: training stops after steps of that time together; None for no limit.
             evals: times that the held-out loss is measured on the way.
             save_steps: steps between checkpoints.
+            min_steps: a run that `minutes` would end before that many steps gets up to `PATIENCE` times as long.
+            cores: the watch of the threads, where they do the computing.
         """
         self.log, self.write_log, self.console = log, write_log, console
         self.limit = minutes * 60 if minutes else math.inf
-        self.evals, self.save_steps = evals, save_steps
+        self.evals, self.save_steps, self.min_steps, self.cores = evals, save_steps, min_steps, cores
         self.interrupted = False
         self._signalled = False
         self._evals_done = self._tokens_seen = 0
         self._start = self._seconds = self._seconds_before = 0.0
+        self._warm = self._over = False
         self._began = self._step_began = self._last_line = 0.0
         self._lines = 0
         self._bar: Progress | None = None
 
     def progress(self, step: int, total: int) -> float:
-        """How much of the run is done, in [0, 1]: of its steps or of its time, whichever is more."""
-        return min(1.0, max(step / total, self._seconds / self.limit))
+        """How much of the run is done, in [0, 1]: of its steps or of its time, whichever is more.
+
+        The time is that of steps alone, without the first one of this process, which compiles and warms up.
+        """
+        time = max(min(self._seconds / self.limit, step / self.min_steps), self._seconds / (PATIENCE * self.limit))
+        return min(1.0, max(step / total, time))
 
     @property
     def tokens_per_second(self) -> float:
@@ -98,25 +111,33 @@ class Monitor(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._began = self._last_line = time.monotonic()
-        self._seconds = self._seconds_before = self.log["train_seconds"]
+        self._seconds = self.log["train_seconds"]
         self._tokens_seen = state.num_input_tokens_seen
         self._start = self.progress(state.global_step, state.max_steps)
         self._evals_done = int(self._start * (self.evals + 1))
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._step_began = time.monotonic()
+        self._step_began, self._seconds_before = time.monotonic(), self._seconds
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Sets clock and interruption to the same on all processes, so that their schedules and decisions are the same."""
-        now = self._seconds_before + time.monotonic() - self._began
+        now = self._seconds_before + (time.monotonic() - self._step_began if self._warm else 0.0)
+        self._warm = True
         clocks, signals = zip(*processes.gather((now, self._signalled)), strict=True)
         self._seconds, self.interrupted = max(clocks), any(signals)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.log["train_seconds"] += time.monotonic() - self._step_began
-        self.log["tokens"] += state.num_input_tokens_seen - self._tokens_seen
+        seconds, tokens = time.monotonic() - self._step_began, state.num_input_tokens_seen - self._tokens_seen
+        self.log["train_seconds"] += seconds
+        self.log["tokens"] += tokens
         self._tokens_seen = state.num_input_tokens_seen
+        if self.cores is not None:
+            self.cores.step(seconds, tokens)
         done = self.progress(state.global_step, state.max_steps)
+        if self._seconds >= self.limit and done < 1 and not self._over:
+            self._over = True
+            most = f"{self.min_steps} steps, at most {PATIENCE * self.limit / 60:.3g} minutes"
+            self.console.print(f"{self.limit / 60:.3g} minutes are over after {state.global_step} steps: goes on up to {most}")
         last = self.interrupted or done >= 1
         evals = int(done * (self.evals + 1))
         control.should_evaluate = evals > self._evals_done and not last
@@ -127,7 +148,8 @@ class Monitor(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
         if "loss" in logs:
             numbers = {name: logs[name] for name in ("loss", "learning_rate", "grad_norm")}
-            self.log["history"].append({"step": state.global_step, **numbers, "tokens": self.log["tokens"]})
+            numbers |= {"tokens": self.log["tokens"], "threads": torch.get_num_threads()}
+            self.log["history"].append({"step": state.global_step, **numbers})
             self._show(state, logs["loss"])
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **_: Any) -> None:

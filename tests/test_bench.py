@@ -39,7 +39,9 @@ from bench import (
 )
 from bench.plot import Span, draw_overview
 from bench.suite import OURS, measure_line, run_suite, summary
+from lora_kernels import threads
 from lora_kernels.backends import reference
+from lora_kernels.threads import BUSY
 
 CPU = torch.device("cpu")
 TOP = measure.Ceiling(1e10, 1e11, 256)
@@ -368,6 +370,30 @@ def test_readme_and_page_hold_the_committed_results() -> None:
     readme = (report.ROOT / "README.md").read_text(encoding="utf-8")
     assert readme.partition(report.BEGIN)[2].partition(report.END)[0].strip() == report.section(found)
     assert report.PAGE.read_text(encoding="utf-8") == report.page(found)
+
+
+@pytest.mark.parametrize("waited", [0.01, 0.4])
+def test_busy_machine_is_said_first_and_stored(waited: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "waited_now", lambda: waited)
+    monkeypatch.setattr(measure.Meter, "waited", lambda self: waited)
+    file = tmp_path / "result.json"
+    done = invoke("run", "dequantize", "--quick", "--against", "torch", "--only", "576x576", "--json", str(file))
+    assert done.exit_code == 0, done.output
+    said = "warning: other programs hold the cores, for which threads wait 40% of the time: do not trust the numbers below"
+    assert done.stdout.startswith(said) == (waited > BUSY)
+    assert ("warning: dequantize: threads waited 40%" in done.stdout) == (waited > BUSY)
+    result = json.loads(file.read_text())
+    assert result["waited"] == waited
+    assert "cpu_quota" in result
+
+
+def test_threads_beyond_the_quota_are_used_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads, "cpu_quota", lambda: 1.5)
+    done = invoke("run", "dequantize", "--quick", "--against", "torch", "--only", "576x576", "--threads", "2")
+    assert done.exit_code == 0, done.output
+    assert "--threads=2 is more than this machine gives" in done.stdout
+    assert "--threads=1 is faster" in done.stdout
+    assert ", 2 threads, backend" in done.stdout
 
 
 def test_against_one_rival_that_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

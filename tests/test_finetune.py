@@ -20,7 +20,7 @@ pytest.importorskip("rich")
 from rich.console import Console
 from safetensors.torch import load_file
 
-from lora_kernels import trainer
+from lora_kernels import demo, trainer
 from lora_kernels.finetune import Settings, finetune
 from lora_kernels.integrations.transformers import load_model, save_quantized
 from lora_kernels.trainer import Monitor, lr_factor
@@ -255,6 +255,7 @@ BAD = {
     "blocksize": (65, "blocksize must be one of 32"),
     "batch_size": (0, "--batch-size must be at least 1, got 0"),
     "max_steps": (0, "--max-steps must be at least 1, got 0"),
+    "min_steps": (0, "--min-steps must be at least 1, got 0"),
     "max_length": (1, "--max-length must be at least 2"),
     "lr": (float("nan"), "--lr must be a finite number above 0, got nan"),
     "epochs": (-1, "--epochs must be a finite number above 0"),
@@ -284,3 +285,73 @@ def test_refusals_write_nothing(settings, folder, tmp_path):
         with pytest.raises(ValueError, match=words):
             run(replace(settings, **change))
         assert not run_folder(settings).exists()
+
+
+# ---- the time limit
+
+
+@pytest.mark.parametrize(
+    ("change", "steps"),
+    [
+        ({}, 2),  # the first step is not counted
+        ({"min_steps": 5}, 5),
+        ({"min_steps": 5, "max_steps": 3}, 3),
+    ],
+)
+def test_time_that_is_up_at_once(settings, monkeypatch, change, steps):
+    """Whatever the machine's speed; `min_steps` are then what a run lasts."""
+    monkeypatch.setattr(trainer, "PATIENCE", 1e12)
+    out = io.StringIO()
+    options = replace(settings, max_minutes=1e-9, **({"max_steps": 1000} | change))
+    log = finetune(options, console=Console(file=out, width=1000)).log
+    assert log["steps"] == steps
+    assert ("minutes are over after 2 steps: goes on up to 5 steps" in out.getvalue()) == (steps > 2)
+    assert {row["threads"] for row in log["history"]} == {1}
+    assert 0 <= log["waited"] <= 1
+
+
+def test_time_limit_waits_for_steps_up_to_a_limit(settings):
+    assert run(replace(settings, max_minutes=1e-9, max_steps=1000, min_steps=500)).log["steps"] == 2
+
+
+def test_time_limit_counts_steps_alone(settings, monkeypatch):
+    """Not evaluation, not the checkpoints: both take an hour here, by the clock that the trainer sees."""
+    hours = [0]
+    monkeypatch.setattr(trainer.time, "monotonic", lambda now=time.monotonic: now() + 3600 * hours[0])
+
+    def an_hour(fn):
+        def longer(*args, **kwargs):
+            hours[0] += 1
+            return fn(*args, **kwargs)
+
+        return longer
+
+    for name in ("evaluate", "_save_checkpoint"):
+        monkeypatch.setattr(trainer.QLoRATrainer, name, an_hour(getattr(trainer.QLoRATrainer, name)))
+    log = run(replace(settings, max_minutes=59, save_steps=2)).log
+    assert hours[0] > 6
+    assert log["steps"] == 6
+    assert log["train_seconds"] < 3600
+
+
+@pytest.mark.parametrize(
+    ("seconds", "step", "done"), [(0, 0, 0), (30, 1, 1 / 6), (30, 29, 1 / 2), (90, 15, 1 / 2), (180, 6, 1), (60, 30, 1)]
+)
+def test_progress_of_a_demo(seconds, step, done):
+    """A minute for 30 steps: by time where these are reached, by steps where they are not, and at most three minutes."""
+    monitor = Monitor({}, lambda: None, Console(), 1, 0, 1, min_steps=30)
+    monitor._seconds = seconds
+    assert monitor.progress(step, 10000) == pytest.approx(done)
+
+
+def test_demo_says_why_it_made_few_steps():
+    log = {"steps": 200, "train_seconds": 300, "waited": 0.5, "device": "cpu", "backend": "native", "threads": 2, "history": []}
+    assert demo.settings("m", "d", "o", 5.0).min_steps == demo.MIN_STEPS == 30
+    assert demo.why_short(log, 5.0) is None
+    assert demo.why_short(log | {"steps": 10, "train_seconds": 900}, 5.0) == (
+        "10 steps in 15.0 minutes, 90.0 s each: the machine was busy: threads waited 50% of the time for a core"
+    )
+    slow = log | {"steps": 30, "train_seconds": 600, "waited": 0.01}
+    assert demo.why_short(slow, 5.0) == (
+        "30 steps in 10.0 minutes, 20.0 s each: this machine is slow (cpu, backend native, 2 CPU threads)"
+    )
