@@ -5,14 +5,25 @@
 #include <utility>
 
 #include "kernels.h"
+#ifdef LORA_KERNELS_X86
+#include <cpuid.h>
+#endif
 
 namespace lora_kernels::cpu {
+
+#ifdef LORA_KERNELS_X86
+// clang's __builtin_cpu_supports does not know it.
+static bool has_f16c() {
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
 
 int supported_levels(const Kernels* out[MAX_LEVELS]) {
   int n = 0;
 #ifdef LORA_KERNELS_X86
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   // Cooper Lake has BF16 without VBMI.
