@@ -316,7 +316,7 @@ def finetune(
     first one talks and writes.  A mistake that one process finds ends them all.
 
     On a busy CPU the number of torch's threads may change on the way (see `lora_kernels.threads`; the log has it for each
-    step), and torch's own sums depend on it in the last bits: for a run that `resume` continues to the bit, set `OMP_NUM_THREADS`.
+    step), and torch's own sums depend on it in the last bits: set `OMP_NUM_THREADS` for a `resume` to the bit.
 
     Args:
         resume: go on with the run in `settings.out`.
