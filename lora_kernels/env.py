@@ -9,7 +9,8 @@
 | `LORA_KERNELS_TORCH` | the one installed | folders of the torch packages that csrc/ is compiled for (read in setup.py) |
 
 The variables by which torchrun and `accelerate launch` introduce the processes of a run to each other (`RANK`, `LOCAL_RANK`,
-`WORLD_SIZE`, `ACCELERATE_USE_*`) are read in `processes.py` and `cli.py`.
+`WORLD_SIZE`, `LOCAL_WORLD_SIZE`, `ACCELERATE_USE_*`) are read in `processes.py`, `threads.py` and `cli.py`.  Where
+`OMP_NUM_THREADS`, `MKL_NUM_THREADS`, `OMP_WAIT_POLICY` or `GOMP_SPINCOUNT` is set, `threads.py` leaves that to the user.
 """
 
 import functools

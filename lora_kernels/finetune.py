@@ -315,6 +315,9 @@ def finetune(
     Under torchrun or `accelerate launch` each process holds the whole model and trains on its share of each batch (DDP); the
     first one talks and writes.  A mistake that one process finds ends them all.
 
+    On a busy CPU the number of torch's threads may change on the way (see `lora_kernels.threads`; the log has it for each
+    step), and torch's own sums depend on it in the last bits: set `OMP_NUM_THREADS` for a `resume` to the bit.
+
     Args:
         resume: go on with the run in `settings.out`.
         overwrite: replace the run in `settings.out`.

@@ -161,8 +161,10 @@ class Monitor(TrainerCallback):
 
     def _show(self, state: Any, loss: float) -> None:
         now, done = time.monotonic(), self.progress(state.global_step, state.max_steps)
-        left = _clock((now - self._began) * (1 - done) / max(done - self._start, 1e-9))
-        numbers = f"step {state.global_step}  loss {loss:.3f}  {self.tokens_per_second:.0f} tokens/s  {left} left  {_memory()}"
+        left = ""
+        if self._seconds > 0:  # the first step is not counted, and tells nothing of the next
+            left = f"{_clock((now - self._began) * (1 - done) / max(done - self._start, 1e-9))} left  "
+        numbers = f"step {state.global_step}  loss {loss:.3f}  {self.tokens_per_second:.0f} tokens/s  {left}{_memory()}"
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=done, numbers=numbers)
         elif now - self._last_line > 10 or done >= 1 or not self._lines:
