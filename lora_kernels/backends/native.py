@@ -7,6 +7,7 @@ package may hold several.
 import functools
 import importlib
 import platform
+import shlex
 import warnings
 from collections.abc import Sequence
 from importlib.machinery import EXTENSION_SUFFIXES
@@ -23,7 +24,7 @@ from . import FlatLayer, Layer
 _PACKAGE = Path(__file__).parents[1]
 _IN_A_CLONE = (_PACKAGE.parent / "setup.py").is_file()
 BUILD = (
-    f"pip install --no-build-isolation -e {_PACKAGE.parent}"
+    f"pip install -e {shlex.quote(str(_PACKAGE.parent))}"
     if _IN_A_CLONE
     else f"pip install --force-reinstall --no-deps --no-cache-dir --no-binary lora_kernels lora_kernels=={__version__}"
 ) + " (needs g++)"
