@@ -184,7 +184,7 @@ def test_compiles_without_spills(arch, instruction):
         assert not compiled.breaches(), (build.setting, compiled.breaches())
         if name in ("linear_small", "linear_fused", "dx_fused"):
             assert instruction in compiled.matrix, build.setting
-            most = {"linear_small": 7.6, "linear_fused": 7.8, "dx_fused": 7.6} if arch > 80 else dict.fromkeys(names, 20)
+            most = {"linear_small": 7.6, "linear_fused": 7.8, "dx_fused": 7.7} if arch > 80 else dict.fromkeys(names, 20)
             assert compiled.per_weight is not None and compiled.per_weight <= most[name], compiled.per_weight
             assert compiled.copies["LDGSTS"], build.setting  # loads are asynchronous
 
