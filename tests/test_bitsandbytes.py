@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import re
 
 import pytest
 import torch
@@ -205,29 +206,30 @@ def test_accelerate_twice_and_on_part_of_a_model():
 # ---- other tuners of PEFT recognise the layer unaided
 
 LORA = ["q_proj", "v_proj"]
+MM = "RuntimeError: (mm: )?mat1 and mat2"  # torch 2.15 names the op
 TUNERS = {
     "AdaLoraConfig": ("trains, does not merge", {"total_step": 10, "init_r": 4}),
     "AdaptionPromptConfig": ("trains", {"target_modules": None, "adapter_len": 4, "adapter_layers": 1}),
     "BOFTConfig": ("trains, merges", {"boft_block_size": 4}),
     "BeftConfig": ("trains, does not merge", {}),
     "C3AConfig": ("trains, does not merge", {"block_size": 16}),
-    "DeftConfig": ("RuntimeError: mat1 and mat2", {}),
-    "DeloraConfig": ("RuntimeError: linalg.vector_norm: Expected a floating point", {}),
+    "DeftConfig": (MM, {}),
+    "DeloraConfig": (r"\w+Error: linalg.vector_norm: Expected a floating point", {}),
     "FourierFTConfig": ("trains, does not merge", {"n_frequency": 16}),
     "FrodConfig": ("RuntimeError: Only Tensors of floating point", {}),
     "GloraConfig": ("ValueError: Target module", {}),
     "GraloraConfig": ("trains, does not merge", {}),
-    "HRAConfig": ("RuntimeError: mat1 and mat2", {}),
+    "HRAConfig": (MM, {}),
     "HiraConfig": ("trains, merges", {}),
     "IA3Config": ("trains, does not merge", {"target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]}),
     "LNTuningConfig": ("trains, merges", {"target_modules": ["input_layernorm"]}),
     "LilyConfig": ("trains, does not merge", {}),
-    "LoHaConfig": ("RuntimeError: mat1 and mat2", {}),
+    "LoHaConfig": (MM, {}),
     "LoKrConfig": ("RuntimeError: shape", {}),
     "LoraConfig": ("trains, merges", {}),
     "MissConfig": ("trains, merges", {}),
     "OFTConfig": ("trains, merges", {"r": 0, "oft_block_size": 8, "use_cayley_neumann": False}),
-    "PeanutConfig": ("RuntimeError: mat1 and mat2", {}),
+    "PeanutConfig": (MM, {}),
     "PrefixTuningConfig": ("trains", {"target_modules": None, "num_virtual_tokens": 4}),
     "PromptEncoderConfig": ("trains", {"target_modules": None, "num_virtual_tokens": 4}),
     "PromptTuningConfig": ("trains", {"target_modules": None, "num_virtual_tokens": 4}),
@@ -272,7 +274,7 @@ def test_tuners(name):
     model = bnb_model(FP32)
     linears = [m for m in model.modules() if isinstance(m, bnb.nn.Linear4bit)]
     got = outcome(name, lk.accelerate(model), options)
-    assert got.startswith(expected), got
+    assert re.match(expected, got), got
     assert all(type(m) is FusedLinear4bit for m in linears)
 
 

@@ -32,7 +32,7 @@ def build(tmp_path: Path, isolated: bool = True, **environment: str) -> str:
         (tmp_path / "site" / "sitecustomize.py").write_text(ISOLATED)
     out = tmp_path / "out"
     command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(out), "--build-temp", str(out)]
-    env = os.environ | {"PYTHONPATH": str(tmp_path / "site"), "LORA_KERNELS_BUILD": "cpu"} | environment
+    env = os.environ | {"PYTHONPATH": str(tmp_path / "site"), "LORA_KERNELS_BUILD": "cpu", "CXX": ""} | environment
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode != 0, done.stdout
     assert "Traceback" not in done.stderr
