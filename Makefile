@@ -10,7 +10,7 @@ VERSIONS := 3.10 3.11 3.12 3.13 3.14
 CONSTRAINTS ?= constraints/python$(VERSION).txt
 EXTRAS ?= all,dev
 PIP = $(BIN)/python -m pip --quiet --disable-pip-version-check
-INSTALL = $(PIP) install $(UPGRADE) $(if $(wildcard $(CONSTRAINTS)),-c $(CONSTRAINTS))
+INSTALL = $(PIP) install $(UPGRADE) $(CONSTRAINTS:%=-c %)
 MODEL := demo/SmolLM2-135M-Instruct
 # These targets run on the CPU, and the CUDA code takes minutes to compile: `make gpu` is for machines that need it.
 export LORA_KERNELS_BUILD ?= cpu
@@ -18,8 +18,8 @@ export LORA_KERNELS_BUILD ?= cpu
 KERNEL_TESTS := native quantize dequantize decode_absmax formats qlora_linear qlora_linear_group nn model training bitsandbytes
 TESTS ?= $(KERNEL_TESTS:%=tests/test_%.py)
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
-# A wheel holds a compiled module for each of these versions of torch.
-WHEEL_TORCH ?= 2.11.0 2.12.0 2.13.0 2.14.1 2.15.0
+# A wheel holds a compiled module for each of these versions of torch; 2.15 is there from Python 3.11 on.
+WHEEL_TORCH ?= 2.11.0 2.12.0 2.13.0 2.14.1 $(if $(filter 3.10,$(VERSION)),,2.15.0)
 
 .PHONY: demo test test-levels test-oldest test-latest lint format bench gpu lock torches wheel sdist clean python
 
@@ -34,15 +34,20 @@ test-levels: $(VENV)/.installed
 	levels=$$($(BIN)/python -c "from lora_kernels.backends.native import extension; print(*extension().cpu_levels())") || exit 1; \
 	for level in $$levels; do LORA_KERNELS_CPU_ISA=$$level $(BIN)/python -m pytest $(TESTS) || exit 1; done
 
+# numpy 2.0 and others of that age are not there for later Pythons.
 test-oldest:
+	@case "$(VERSION)" in 3.10|3.11|3.12) ;; *) echo "*** $(PYTHON) is Python $(VERSION); the oldest versions are there for 3.10 to \
+	3.12: make test-oldest PYTHON=python3.12" >&2; exit 1;; esac
 	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints/oldest.txt EXTRAS=all
 
 # What is newer than the lock comes last: it is where to look if a test failed.
 test-latest:
 	rm -f .venv-latest/.installed
 	status=0; $(MAKE) test VENV=.venv-latest CONSTRAINTS= UPGRADE="--upgrade --upgrade-strategy eager" EXTRAS=all || status=$$?; \
+	sed -n 's/^\([^# ;]*==[^ ;]*\).*/\1/p' constraints/python$(VERSION).txt | tr A-Z_ a-z- > .venv-latest/lock.txt; \
 	echo "Versions that are not those of constraints/python$(VERSION).txt:"; \
-	.venv-latest/bin/python -m pip freeze --exclude-editable | grep -vxFf constraints/python$(VERSION).txt; exit $$status
+	.venv-latest/bin/python -m pip freeze --exclude-editable | sed 's/+.*//' | tr A-Z_ a-z- | grep -vxFf .venv-latest/lock.txt; \
+	exit $$status
 
 # Against every rival that is importable; SmolLM2-135M itself where `make demo` left it, else random weights of its shape.
 bench: $(VENV)/.installed
@@ -75,12 +80,13 @@ lock:
 
 # The wheel of this machine, tried in an empty environment, in another folder and with no compiler to be found.
 wheel: $(VENV)/.installed torches
-	rm -f dist/*.whl
-	LORA_KERNELS_TORCH="build/torch-*/torch" $(PIP) wheel --no-deps --no-build-isolation --wheel-dir dist .
+	rm -rf dist/*.whl build/lib.* build/bdist.*
+	LORA_KERNELS_TORCH="$(subst $() ,:,$(patsubst %,build/torch-%/torch,$(strip $(WHEEL_TORCH))))" $(PIP) wheel --no-deps --no-build-isolation --wheel-dir dist .
 	rm -rf build/smoke && $(PYTHON) -m venv build/smoke
-	build/smoke/bin/pip install --quiet $(if $(wildcard $(CONSTRAINTS)),-c $(CONSTRAINTS)) torch
-	build/smoke/bin/pip install --quiet $(if $(wildcard $(CONSTRAINTS)),-c $(CONSTRAINTS)) "$$(echo dist/*.whl)[cli]"
-	cd build/smoke && PATH=$(CURDIR)/build/smoke/bin lora-kernels doctor && PATH=$(CURDIR)/build/smoke/bin python $(CURDIR)/tests/smoke.py
+	build/smoke/bin/pip install --quiet $(CONSTRAINTS:%=-c %) torch
+	build/smoke/bin/pip install --quiet $(CONSTRAINTS:%=-c %) "$$(echo dist/*.whl)[cli]"
+	cd build/smoke && PATH="$(CURDIR)/build/smoke/bin" lora-kernels doctor && \
+	    PATH="$(CURDIR)/build/smoke/bin" python "$(CURDIR)/tests/smoke.py"
 
 # The files of those versions of torch, to compile against; they are not imported.
 torches:
@@ -91,7 +97,8 @@ sdist: $(VENV)/.installed
 	$(BIN)/python -c "import setuptools.build_meta as b; print(b.build_sdist('dist'))"
 
 $(VENV)/.installed: $(SOURCES) $(wildcard $(CONSTRAINTS)) | python
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV) || \
+	    { echo "*** $(PYTHON) can't make $(VENV) (on Debian and Ubuntu: apt install python3-venv)" >&2; exit 1; }
 	$(INSTALL) torch setuptools wheel ninja
 	$(INSTALL) --no-build-isolation -e ".[$(EXTRAS)]"
 	touch $@
@@ -101,6 +108,7 @@ python:
 	@test -n "$(VERSION)" || { echo "*** PYTHON=$(PYTHON) is not to be found; Python $(VERSIONS) will do: make PYTHON=/path/to/python3" >&2; exit 1; }
 	@case " $(VERSIONS) " in *" $(VERSION) "*) ;; *) echo "*** $(PYTHON) is Python $(VERSION), one of $(VERSIONS) is needed: \
 	make PYTHON=/path/to/python3" >&2; exit 1;; esac
+	@test -z "$(CONSTRAINTS)" || test -f "$(CONSTRAINTS)" || { echo "*** CONSTRAINTS=$(CONSTRAINTS) is no file" >&2; exit 1; }
 	@test ! -x $(BIN)/python || $(BIN)/python -c "import sys; sys.exit('%d.%d' % sys.version_info[:2] != '$(VERSION)')" || { \
 	echo "*** $(VENV) holds another Python than $(PYTHON), which is $(VERSION): make clean first, or VENV=.venv$(VERSION) for one beside it" \
 	>&2; exit 1; }

@@ -59,7 +59,7 @@ def build_mode() -> str:
 
 
 def minor_version(version: str) -> tuple[int, int]:
-    return tuple(int(n) for n in version.split(".")[:2])
+    return tuple(int(n) for n in re.match(r"(\d+)\.(\d+)", version).groups())
 
 
 class Torch:
@@ -90,13 +90,19 @@ class Torch:
         """Those of LORA_KERNELS_TORCH, or the one of the environment."""
         if given := os.environ.get("LORA_KERNELS_TORCH"):
             patterns = [str(ROOT / word) for word in given.split(os.pathsep)]
-            return [cls(Path(folder)) for pattern in patterns for folder in sorted(glob(pattern)) or [pattern]]
+            all_given = [cls(Path(folder)) for pattern in patterns for folder in sorted(glob(pattern)) or [pattern]]
+            for torch in all_given:
+                if len(alike := [t for t in all_given if t.name == torch.name]) > 1:
+                    folders = " and ".join(str(t.folder) for t in alike)
+                    raise RuntimeError(f"LORA_KERNELS_TORCH must name one torch of each minor version, got {folders}")
+            return all_given
         for folder in cls.folders():
             if (folder / "version.py").is_file():
                 return [cls(folder)]
         raise RuntimeError(
-            f"there is no torch in {sys.prefix}, and the C++ code is compiled for a version of it: pip install torch, then "
-            f"the same command again (with --no-build-isolation if it is not pip's).  {WITHOUT}"
+            f"there is no torch to be seen in {sys.prefix}, and the C++ code is compiled for one: pip install torch, "
+            "then the same command again.  Where torch is there and the build does not see it (uv, PYTHONPATH): "
+            f"LORA_KERNELS_TORCH=\"$(python -c 'import torch; print(*torch.__path__)')\" before the command.  {WITHOUT}"
         )
 
     @staticmethod
@@ -105,14 +111,13 @@ class Torch:
         spec = find_spec("torch")
         found = [Path(spec.origin).parent] if spec and spec.origin else []
         sites = [sysconfig.get_path("platlib"), sysconfig.get_path("purelib")]
-        configuration = Path(sys.prefix, "pyvenv.cfg")
-        if not configuration.is_file() or "include-system-site-packages = true" in configuration.read_text(encoding="utf-8"):
-            base = {"base": sys.base_prefix, "platbase": sys.base_prefix}
-            sites += [
-                site.getusersitepackages(),
-                sysconfig.get_path("platlib", vars=base),
-                *site.getsitepackages([sys.base_prefix]),
-            ]
+        user = [site.getusersitepackages()] if site.ENABLE_USER_SITE else []
+        configuration = Path(sys.prefix, "pyvenv.cfg")  # in the order of sys.path
+        if not configuration.is_file():
+            sites = [*user, *sites, *site.getsitepackages()]
+        elif "include-system-site-packages = true" in configuration.read_text(encoding="utf-8"):
+            base = sysconfig.get_path("platlib", vars={"base": sys.base_prefix, "platbase": sys.base_prefix})
+            sites += [*user, base, *site.getsitepackages([sys.base_prefix])]
         return found + [Path(s, "torch") for s in sites]
 
 
@@ -199,10 +204,12 @@ class Objects:
     def compile(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "build.ninja").write_text("\n".join(self.rules), encoding="utf-8")
+        if shutil.which("ninja") is None and find_spec("ninja") is None:
+            raise RuntimeError("there is no ninja, which compiles csrc/: pip install ninja")
         ninja = [shutil.which("ninja")] if shutil.which("ninja") else [sys.executable, "-m", "ninja"]
         jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
         if subprocess.run([*ninja, *jobs], cwd=self.folder, check=False).returncode:
-            raise RuntimeError(f"compiling csrc/ failed, see above.  {WITHOUT}")
+            raise RuntimeError(f"compiling csrc/ failed, see above; on Linux it takes g++ or what does the same.  {WITHOUT}")
 
     @staticmethod
     def path(path: Path) -> str:
@@ -217,6 +224,9 @@ class Build(build_ext):
     """Every module of the package.  Files in csrc/ see torch; the objects of its folders do not, and all modules share them."""
 
     def run(self) -> None:
+        if not self.inplace:  # what an earlier build for other versions left would go into the wheel
+            for file in Path(self.build_lib, "lora_kernels").glob("_C*.so"):
+                file.unlink()
         try:
             super().run()
         except RuntimeError as e:  # without a traceback, which would hide it
@@ -227,14 +237,15 @@ class Build(build_ext):
             raise RuntimeError(f"the C++ code is not written for Windows.  {WITHOUT}")
         if isinstance(TORCHES, RuntimeError):
             raise TORCHES
-        compiler = (os.environ.get("CXX") or "c++").split()
+        compiler = (os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), "c++")).split()
         if shutil.which(compiler[0]) is None:
             raise RuntimeError(
                 f"there is no C++ compiler {compiler[0]!r} on PATH: install g++ (or name one in CXX).  {WITHOUT}"
             )
         openmp = ["-fopenmp"] if sys.platform.startswith("linux") else []
         plain = [*compiler, *FLAGS, "-std=c++17", *(["-DLORA_KERNELS_X86"] if ON_X86 else [])]
-        extra = os.environ.get("CXXFLAGS", "").split()
+        extra, ldflags = os.environ.get("CXXFLAGS", "").split(), os.environ.get("LDFLAGS", "").split()
+        shared_library = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
         objects = Objects(ROOT / "build" / f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}")
         levels = {level: ROOT / "csrc" / "cpu" / f"isa_{level}.cpp" for level in ISA_FLAGS}
         others = [p for p in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")) if p not in levels.values()]
@@ -251,22 +262,17 @@ class Build(build_ext):
         for extension, torch in zip(self.extensions, TORCHES, strict=True):
             include = torch.folder / "include"
             folders = [f"-isystem{include}", f"-isystem{include}/torch/csrc/api/include", f"-I{sysconfig.get_path('include')}"]
-            names = [f"-DTORCH_EXTENSION_NAME={torch.name}", "-DTORCH_API_INCLUDE_EXTENSION_H"]
+            names = [f"-DTORCH_EXTENSION_NAME={torch.name}", f'-DLORA_KERNELS_TORCH="{torch.version}"']
             flags = [*plain, "-std=c++20", *openmp, *macros, *names, *folders, *extra]
             own[extension.name] = objects.add(sorted((ROOT / "csrc").glob("*.cpp")), flags, torch.name)
         objects.compile()
         for extension, torch in zip(self.extensions, TORCHES, strict=True):
             target = Path(self.get_ext_fullpath(extension.name))
             target.parent.mkdir(parents=True, exist_ok=True)
-            self.compiler.link_shared_object(
-                [*own[extension.name], *shared],
-                str(target),
-                libraries=libraries,
-                library_dirs=[str(torch.folder / "lib"), *library_dirs],
-                extra_postargs=openmp,
-                build_temp=str(objects.folder),
-                target_lang="c++",
-            )
+            folders = [f"-L{folder}" for folder in (torch.folder / "lib", *library_dirs)]
+            words = [*compiler, *shared_library, *own[extension.name], *shared, *folders, *(f"-l{name}" for name in libraries)]
+            if subprocess.run([*words, *openmp, *ldflags, "-o", str(target)], check=False).returncode:
+                raise RuntimeError(f"linking {target.name} failed, see above.  {WITHOUT}")
 
     def nvcc(self) -> "Nvcc | None":
         if MODE == "cuda":

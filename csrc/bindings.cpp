@@ -7,7 +7,6 @@
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
-#include <torch/version.h>
 
 #include <algorithm>
 #include <array>
@@ -417,7 +416,7 @@ std::vector<std::string> cpu_levels() {
 
 py::dict build_info() {
   py::dict info;
-  info["torch"] = TORCH_VERSION;
+  info["torch"] = LORA_KERNELS_TORCH;
 #ifdef LORA_KERNELS_CUDA
   info["cuda_archs"] = LORA_KERNELS_CUDA;  // "75 80 90+ptx"
   info["nvcc"] = LORA_KERNELS_NVCC;

@@ -1,10 +1,16 @@
 """Fused QLoRA kernels: a frozen 4-bit linear layer with low-rank adapters, forward and backward, on any machine."""
 
-# ruff: noqa: E402
+import sys
+from pathlib import Path
 
-from .requirements import require
+from .requirements import PIP, TooOldError, require
 
-require("torch", "lora_kernels")
+try:
+    require("torch", "lora_kernels")
+except TooOldError as e:
+    if Path(sys.argv[0]).name != "lora-kernels":
+        raise
+    sys.exit(f"error: {e}")  # for the command line, which can't begin before this
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -44,7 +50,7 @@ def __getattr__(name: str) -> Any:
     try:
         return getattr(import_module(f".integrations.{_LAZY[name]}", __name__), name)
     except ModuleNotFoundError as e:
-        raise ImportError(f"lora_kernels.{name} needs {e.name}, which is not installed: pip install {e.name}") from e
+        raise ImportError(f"lora_kernels.{name} needs {e.name}, which is not installed: {PIP} install {e.name}") from e
 
 
 __all__ = [

@@ -13,7 +13,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
-from .requirements import TooOldError
+from .requirements import PIP, TooOldError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def _missing_extra(e: ModuleNotFoundError) -> str:
-    return f"error: the command line needs more packages (no module named {e.name!r}): pip install 'lora_kernels[cli]'"
+    return f"error: the command line needs more packages (no module named {e.name!r}): {PIP} install 'lora_kernels[cli]'"
 
 
 try:
@@ -315,7 +315,8 @@ def verify(
 def doctor() -> None:
     """Show versions and devices, which backend each device gets and why, and how to get a better one.
 
-    Computes a small layer on each device, and exits 1 if the result is wrong.
+    Computes a small layer on each device, and exits 1 if the result is wrong, a package is too old, or the compiled
+    extension is there and can't be used.
     """
     console = _quiet()
     from .doctor import report

@@ -10,6 +10,7 @@ import subprocess
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from . import backends
 from .autograd import qlora_linear
@@ -23,17 +24,17 @@ FEATURES = ("avx2", "avx512_f", "avx512_bf16", "avx512_vnni", "amx_bf16", "neon"
 
 
 def report(console: Console) -> bool:
-    """Prints the whole report.  Returns whether every device computes a layer as it should, and no installed package
-    is too old."""
+    """Prints the whole report.  Returns whether every device computes a layer as it should, no installed package is too
+    old, and the extension can be used if there is one."""
     console.print(_rows({"lora_kernels": __version__, "python": platform.python_version(), **_versions(), **_devices()}))
     console.print()
     forced = backends.forced()
     if forced:
         console.print(f"LORA_KERNELS_BACKEND forces {forced!r} on every device")
-    problems = _too_old()
-    for problem in problems:
-        console.print(f"too old: needed is {problem}", soft_wrap=True, markup=False)
-    healthy = not problems
+    too_old = _too_old()
+    for package in too_old:
+        console.print(f"too old: needed is {package}", soft_wrap=True, markup=False)
+    healthy = not too_old and not native.broken()
     for device in _torch_devices():
         problem = _problem(device)
         check = problem or "forward and backward of a QLoRA layer agree with float64"
@@ -45,7 +46,7 @@ def report(console: Console) -> bool:
 def _rows(rows: dict[str, str]) -> Table:
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for name, value in rows.items():
-        table.add_row(name, value)
+        table.add_row(name, Text(value))
     return table
 
 

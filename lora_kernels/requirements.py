@@ -3,11 +3,30 @@
 from __future__ import annotations
 
 import re
+import shlex
+import shutil
 import sys
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
-FLOORS = {"torch": "2.11", "triton": "3.6", "transformers": "5.17", "peft": "0.21", "bitsandbytes": "0.50.2"}
+FLOORS = {
+    "torch": "2.11",
+    "numpy": "2.0",
+    "safetensors": "0.8",
+    "triton": "3.6",
+    "transformers": "5.17",
+    "peft": "0.21",
+    "accelerate": "1.10",
+    "trl": "1.8",
+    "datasets": "4.7",
+    "bitsandbytes": "0.50.2",
+}
 """The oldest versions that the tests pass with; pyproject.toml names the same."""
+
+
+_pip = shutil.which("pip")
+PIP = "pip" if _pip and Path(_pip).parent == Path(sys.executable).parent else f"{shlex.quote(sys.executable)} -m pip"
+"""The pip of the Python that runs; the one on PATH may be another's."""
 
 
 def numbers(version: str) -> tuple[int, ...]:
@@ -34,7 +53,7 @@ def missing(package: str, needed: str | None = None) -> str | None:
         needed: the oldest version that will do; None for that of `FLOORS`.
     """
     needed, found = needed or FLOORS[package], installed(package)
-    command = f"pip install '{package}>={needed}'"
+    command = f"{PIP} install '{package}>={needed}'"
     if found is None:
         return f"{package} {needed} or newer, which is not installed: {command}"
     if numbers(found) < numbers(needed):

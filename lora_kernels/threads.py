@@ -46,6 +46,8 @@ def cpu_quota(root: Path = Path("/")) -> float | None:
         return None
     quotas = []
     for group in groups:
+        if group.count(":") < 2:
+            continue
         _, controllers, path = group.split(":", 2)
         if controllers and "cpu" not in controllers.split(","):
             continue
@@ -93,7 +95,7 @@ def fit(say: Say, chosen: str | None = None) -> None:
         say: gets one line about it.
         chosen: the setting by which the user chose the number, as `NAME=value`; None for a variable of `USER`, if it is set.
     """
-    cores, quota, processes = len(_affinity()), cpu_quota(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    cores, quota, processes = len(_affinity()), cpu_quota(), int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
     may, has = threads_for(cores, quota, processes), torch.get_num_threads()
     if has <= may:
         return

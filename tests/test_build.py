@@ -22,17 +22,21 @@ sys.path[:] = [p for p in sys.path if p not in hidden]
 """
 
 
-def build(tmp_path: Path, isolated: bool = True, **environment: str) -> str:
-    """What `setup.py build_ext` says on standard error; it must fail, and leave nothing behind."""
+def site(tmp_path: Path) -> Path:
+    """A folder with setuptools alone."""
+    folder = tmp_path / "site"
+    folder.mkdir()
     for module in ("setuptools", "_distutils_hack"):
-        target = tmp_path / "site" / module
-        target.parent.mkdir(exist_ok=True)
-        target.symlink_to(Path(importlib.util.find_spec(module).origin).parent)
-    if isolated:
-        (tmp_path / "site" / "sitecustomize.py").write_text(ISOLATED)
-    out = tmp_path / "out"
+        (folder / module).symlink_to(Path(importlib.util.find_spec(module).origin).parent)
+    return folder
+
+
+def build(tmp_path: Path, **environment: str) -> str:
+    """What `setup.py build_ext` says on standard error in an isolated build; it must fail, and leave nothing behind."""
+    folder, out = site(tmp_path), tmp_path / "out"
+    (folder / "sitecustomize.py").write_text(ISOLATED)
     command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(out), "--build-temp", str(out)]
-    env = os.environ | {"PYTHONPATH": str(tmp_path / "site"), "LORA_KERNELS_BUILD": "cpu", "CXX": ""} | environment
+    env = os.environ | {"PYTHONPATH": str(folder), "LORA_KERNELS_BUILD": "cpu", "CXX": ""} | environment
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode != 0, done.stdout
     assert "Traceback" not in done.stderr
@@ -56,15 +60,12 @@ def test_no_torch(tmp_path):
     from venv import EnvBuilder
 
     EnvBuilder(symlinks=True).create(tmp_path / "empty")
-    (tmp_path / "site").mkdir()
-    for module in ("setuptools", "_distutils_hack"):
-        (tmp_path / "site" / module).symlink_to(Path(importlib.util.find_spec(module).origin).parent)
-    env = os.environ | {"PYTHONPATH": str(tmp_path / "site"), "LORA_KERNELS_BUILD": "auto"}
+    env = os.environ | {"PYTHONPATH": str(site(tmp_path)), "LORA_KERNELS_BUILD": "auto"}
     command = [str(tmp_path / "empty" / "bin" / "python"), "setup.py"]
     done = subprocess.run([*command, "build_ext"], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode != 0
-    assert f"there is no torch in {tmp_path / 'empty'}" in done.stderr
-    for words in ("pip install torch", "LORA_KERNELS_BUILD=none"):
+    assert f"there is no torch to be seen in {tmp_path / 'empty'}" in done.stderr
+    for words in ("pip install torch", "LORA_KERNELS_TORCH=", "LORA_KERNELS_BUILD=none"):
         assert words in done.stderr
     done = subprocess.run([*command, "--name"], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.stdout.strip().endswith("lora_kernels"), "what compiles nothing needs no torch"
@@ -80,6 +81,12 @@ def test_folder_that_is_no_torch(tmp_path):
     assert f"{tmp_path} is not the folder of a torch package" in build(tmp_path, LORA_KERNELS_TORCH=str(tmp_path))
 
 
+def test_two_torches_of_one_minor_version(tmp_path):
+    folders = [torch_folder(tmp_path, v) for v in ("2.13.0", "2.13.1+cpu")]
+    said = build(tmp_path, LORA_KERNELS_TORCH=os.pathsep.join(folders))
+    assert f"LORA_KERNELS_TORCH must name one torch of each minor version, got {folders[0]} and {folders[1]}" in said
+
+
 def test_a_module_for_each_torch(tmp_path):
     """Named after the minor version, which is what the package looks for when it runs."""
     code = """
@@ -93,7 +100,7 @@ exec(open("setup.py").read(), {"__file__": "setup.py"})
         command = [sys.executable, "-c", code]
         return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True).stdout.strip()
 
-    two = os.pathsep.join(torch_folder(tmp_path, v) for v in ("2.12.1", "2.100.0a1+git"))
+    two = os.pathsep.join(torch_folder(tmp_path, v) for v in ("2.12.1", "2.100a1+git"))
     assert modules(two) == "['lora_kernels._C_torch2_12', 'lora_kernels._C_torch2_100']"
     assert modules("") == f"[{native.MODULE!r}]"
 

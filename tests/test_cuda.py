@@ -22,6 +22,7 @@ from bench import resources
 from lora_kernels import testing
 from lora_kernels.backends import native, reference
 from lora_kernels.formats import BLOCKSIZES, DYNAMIC_MAP, codebook
+from lora_kernels.requirements import PIP
 
 ROOT = Path(__file__).parent.parent
 
@@ -202,10 +203,10 @@ def extension(archs: str | None, problem: str = "") -> SimpleNamespace:
 @pytest.mark.parametrize(
     ("archs", "capability", "reason"),
     [
-        (None, (8, 0), "built without CUDA code: LORA_KERNELS_BUILD=cuda pip install"),
+        (None, (8, 0), f"built without CUDA code: LORA_KERNELS_BUILD=cuda {PIP} install"),
         ("80 90", (8, 0), None),
         ("80 90", (8, 9), None),  # a binary runs on later minor versions
-        ("89", (8, 6), "for sm_89, this GPU is sm_86: LORA_KERNELS_CUDA_ARCHS=86 LORA_KERNELS_BUILD=cuda pip"),
+        ("89", (8, 6), "for sm_89, this GPU is sm_86: LORA_KERNELS_CUDA_ARCHS=86 LORA_KERNELS_BUILD=cuda "),
         ("80 90", (12, 0), "for sm_80, sm_90, this GPU is sm_120"),
         ("80 90+ptx", (12, 0), None),
         ("80 90+ptx", (7, 5), "this GPU is sm_75"),

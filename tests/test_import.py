@@ -1,8 +1,15 @@
 """Importing the package is light: no extra, no device, no compiled code needed."""
 
 import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
 
 from conftest import python
+
+from lora_kernels.backends import native
+from lora_kernels.requirements import PIP
 
 REPORT = """
 import json, sys, warnings
@@ -110,7 +117,7 @@ print(json.dumps([row.backend, row.fused, row.reason, error, [str(w.message) for
     assert (backend, fused) == ("reference", False)
     assert len(warned) == 1
     for text in (reason, error, *warned):
-        assert "is not built: pip install" in text
+        assert f"is not built: {native.BUILD}" in text
     assert "native" in reason
 
 
@@ -125,7 +132,7 @@ with warnings.catch_warnings(record=True) as caught:
 print(json.dumps([[str(w.message) for w in caught], torch.__version__, sys.version.split()[0]]))
 """.replace("FILES = [pathlib", "import pathlib; FILES = [pathlib")
     (warned,), torch_version, python_version = report(code)
-    for word in (torch_version, python_version, "_C_torch2_11.cpython-39", ": pip install"):
+    for word in (torch_version, python_version, "_C_torch2_11.cpython-39", native.BUILD):
         assert word in warned
     assert "\n" not in warned
 
@@ -150,7 +157,29 @@ print(json.dumps([picked, dict(backends.choices(cpu))["native"], *(str(w.message
     assert picked.endswith("reference")
     for text in (reason, warned):
         assert "undefined symbol" in text
-        assert "build it again: pip install" in text
+        assert f"build it again: {native.BUILD}" in text
+
+
+def test_commands_that_cure_are_commands():
+    """What a message tells to paste is understood by a shell, whatever the paths."""
+    for command in (native.BUILD, native._BUILD_CUDA, f"{PIP} install torch"):
+        words = shlex.split(command)
+        assert subprocess.run(["bash", "-n", "-c", command], check=False).returncode == 0
+        assert "install" in words
+        assert Path(words[-1]).is_dir() or words[-1].startswith(("lora_kernels", "torch"))
+
+
+def test_a_command_line_without_torch_is_one_line():
+    code = """
+import sys, types
+sys.argv = ["/bin/lora-kernels", "doctor"]
+sys.modules["torch"] = types.SimpleNamespace(__version__="2.5.0")
+import lora_kernels.cli
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert done.stderr.startswith("error: lora_kernels needs torch 2.11 or newer, found 2.5.0: ")
+    assert done.stderr.count("\n") == 1
 
 
 def test_public_names():

@@ -6,37 +6,57 @@ package may hold several.
 
 import functools
 import importlib
+import json
 import platform
 import shlex
 import warnings
 from collections.abc import Sequence
 from importlib.machinery import EXTENSION_SUFFIXES
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import torch
 from torch import Tensor
 
 from ..formats import DYNAMIC_MAP, QuantizedWeight
+from ..requirements import PIP, numbers
 from ..version import __version__
 from . import FlatLayer, Layer
 
 _PACKAGE = Path(__file__).parents[1]
-_IN_A_CLONE = (_PACKAGE.parent / "setup.py").is_file()
-BUILD = (
-    f"pip install -e {shlex.quote(str(_PACKAGE.parent))}"
-    if _IN_A_CLONE
-    else f"pip install --force-reinstall --no-deps --no-cache-dir --no-binary lora_kernels lora_kernels=={__version__}"
-) + " (needs g++)"
-"""The command that compiles the module for the Python and the torch that run."""
-_BUILD_CUDA = f"LORA_KERNELS_BUILD=cuda {BUILD.replace('g++', 'g++ and nvcc')}"
-_TORCH = ".".join(torch.__version__.split(".")[:2])
-MODULE = f"lora_kernels._C_torch{_TORCH.replace('.', '_')}"
+
+
+def _build() -> str:
+    """The command that compiles the extension for the Python and the torch that run: from the clone that this is, from where
+    pip found the source (PEP 610), or from the index."""
+    if (_PACKAGE.parent / "csrc").is_dir():
+        return f"{PIP} install -e {shlex.quote(str(_PACKAGE.parent))}"
+    again = f"{PIP} install --force-reinstall --no-deps --no-cache-dir"
+    try:
+        url = json.loads(distribution("lora_kernels").read_text("direct_url.json") or "{}").get("url", "")
+    except (PackageNotFoundError, ValueError):
+        url = ""
+    if url.startswith("file:") and (path := Path(url2pathname(urlsplit(url).path))).is_dir():
+        return f"{again} {shlex.quote(str(path))}"
+    return f"{again} --no-binary lora_kernels lora_kernels=={__version__}"
+
+
+BUILD = _build()
+_BUILD_CUDA = f"LORA_KERNELS_BUILD=cuda {BUILD}"
+MODULE = "lora_kernels._C_torch{}_{}".format(*numbers(torch.__version__))
+
+
+def _files() -> list[str]:
+    """The compiled modules of this package, for whatever torch and Python."""
+    return sorted(file.name for file in _PACKAGE.glob("_C_torch*.so"))
 
 
 def mismatch() -> str | None:
     """Why none of the compiled modules of this package is for the Python and the torch that run, or None; nothing is loaded."""
-    files = sorted(file.name for file in _PACKAGE.glob("_C_torch*.so"))
+    files = _files()
     if any(MODULE.rpartition(".")[2] + suffix in files for suffix in EXTENSION_SUFFIXES):
         return None
     if not files:
@@ -47,17 +67,22 @@ def mismatch() -> str | None:
     )
 
 
+def broken() -> bool:
+    """Whether there are compiled modules, and none of them can be used."""
+    return bool(_files()) and _load()[0] is None
+
+
 def warn_of_mismatch() -> None:
     """For the import of the package: one line where modules were compiled and none of them is for this torch and Python."""
-    reason = mismatch()
-    if reason is not None and " only as " in reason:
+    if _files() and (reason := mismatch()):
         _warn(reason)
 
 
 @functools.cache
 def _warn(reason: str) -> None:
     """Once a reason: without the extension, what runs on a CPU takes many times as long."""
-    warnings.warn(f"lora_kernels computes on a CPU in plain torch, slowly: {reason}", RuntimeWarning, stacklevel=2)
+    message = f"it computes on a CPU in plain torch, slowly: {reason}"
+    warnings.warn_explicit(message, RuntimeWarning, "lora_kernels", 0)  # one line, none of which is this code
 
 
 @functools.cache
@@ -69,6 +94,8 @@ def _load() -> tuple[Any, str | None]:
     """
     try:
         module = importlib.import_module(MODULE)
+        if Path(module.__file__ or "").parent != _PACKAGE:  # of another clone that is installed too
+            raise ModuleNotFoundError(MODULE)
         module.cpu_level()
     except ModuleNotFoundError:
         reason = mismatch() or f"{MODULE} is not found: {BUILD}"

@@ -11,7 +11,7 @@ import importlib.util
 
 import torch
 
-from ...requirements import installed, missing, numbers
+from ...requirements import PIP, installed, missing, numbers
 
 MINIMUM_CAPABILITY = (8, 0)
 
@@ -41,14 +41,14 @@ else:
 def unavailable(device: torch.device) -> str | None:
     """Why the kernels can't run on `device`, or None."""
     if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed: pip install triton (Linux)"
+        return f"Triton, which is there for Linux, is not installed: {PIP} install triton"
     if (problem := missing("triton")) is not None:
         return f"the Triton kernels need {problem}"
     from .tiles import INTERPRET
 
     if INTERPRET.value:
         if (numpy := installed("numpy")) and numbers(numpy) >= (2, 4) and missing("triton", "3.7"):
-            return f"the interpreter of Triton 3.6 needs numpy before 2.4, found {numpy}: pip install 'triton>=3.7'"
+            return f"the interpreter of Triton 3.6 needs numpy before 2.4, found {numpy}: {PIP} install 'triton>=3.7'"
         return None if device.type in ("cpu", "cuda") else f"Triton's interpreter has no {device.type} tensors"
     if device.type != "cuda":
         return "Triton runs on CUDA devices; set TRITON_INTERPRET=1 before Triton is imported to run its interpreter on the CPU"
