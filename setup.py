@@ -31,6 +31,7 @@ from glob import glob
 from importlib.util import find_spec
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
@@ -48,7 +49,11 @@ ISA_FLAGS = {
 CUDA_ARCHS = (75, 80, 90, 100, 120)
 ON_X86 = platform.machine().lower() in ("x86_64", "amd64")
 WITHOUT = "LORA_KERNELS_BUILD=none installs without compiled code; the package then computes in Triton or plain torch."
-OLDEST_TORCH = re.search(r'"torch>=([\d.]+)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8")).group(1)
+
+
+def oldest(package: str) -> str:
+    """The oldest version of a package that pyproject.toml allows."""
+    return re.search(rf'"{package}>=([\d.]+)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8")).group(1)
 
 
 def build_mode() -> str:
@@ -58,8 +63,9 @@ def build_mode() -> str:
     return mode
 
 
-def minor_version(version: str) -> tuple[int, int]:
-    return tuple(int(n) for n in re.match(r"(\d+)\.(\d+)", version).groups())
+def numbers(version: str) -> tuple[int, int]:
+    """Major and minor version."""
+    return tuple(int(n) for n in re.match(r"(\d+)(?:\.(\d+))?", version).groups(0))
 
 
 class Torch:
@@ -78,12 +84,13 @@ class Torch:
             raise RuntimeError(f"{folder} is not the folder of a torch package: it has no version.py that names a version")
         self.version = found.group(1)
         self.with_cuda = re.search(r"^cuda\b[^=]*= '", text, re.MULTILINE) is not None
-        if minor_version(self.version) < minor_version(OLDEST_TORCH):
+        needed = oldest("torch")
+        if numbers(self.version) < numbers(needed):
             raise RuntimeError(
-                f"torch {self.version} in {folder.parent} is too old, {OLDEST_TORCH} or newer is needed: "
-                f'pip install --upgrade "torch>={OLDEST_TORCH}"'
+                f"torch {self.version} in {folder.parent} is too old, {needed} or newer is needed: "
+                f'pip install --upgrade "torch>={needed}"'
             )
-        self.name = "_C_torch{}_{}".format(*minor_version(self.version))
+        self.name = "_C_torch{}_{}".format(*numbers(self.version))
 
     @classmethod
     def all(cls) -> "list[Torch]":
@@ -281,6 +288,11 @@ class Build(build_ext):
         return Nvcc(archs) if wanted and (archs := gpus_here()) else None
 
 
+if numbers(setuptools.__version__) < numbers(needed := oldest("setuptools")):
+    raise SystemExit(
+        f"\n*** lora_kernels: setuptools {setuptools.__version__} is too old to build it, {needed} or newer is needed: "
+        f'pip install --upgrade "setuptools>={needed}"\n'
+    )
 MODE = build_mode()
 TORCHES: "list[Torch] | RuntimeError" = []
 if MODE != "none":

@@ -26,8 +26,9 @@ def site(tmp_path: Path) -> Path:
     """A folder with setuptools alone."""
     folder = tmp_path / "site"
     folder.mkdir()
-    for module in ("setuptools", "_distutils_hack"):
-        (folder / module).symlink_to(Path(importlib.util.find_spec(module).origin).parent)
+    packages = Path(importlib.util.find_spec("setuptools").origin).parents[1]
+    for part in (*packages.glob("setuptools*"), packages / "_distutils_hack"):
+        (folder / part.name).symlink_to(part)
     return folder
 
 
@@ -103,6 +104,14 @@ exec(open("setup.py").read(), {"__file__": "setup.py"})
     two = os.pathsep.join(torch_folder(tmp_path, v) for v in ("2.12.1", "2.100a1+git"))
     assert modules(two) == "['lora_kernels._C_torch2_12', 'lora_kernels._C_torch2_100']"
     assert modules("") == f"[{native.MODULE!r}]"
+
+
+def test_setuptools_that_is_too_old():
+    code = "import setuptools; setuptools.__version__ = '65.5.0'; exec(open('setup.py').read(), {'__file__': 'setup.py'})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "setuptools 65.5.0 is too old to build it, 77 or newer is needed: pip install --upgrade" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_no_cuda_compiler(tmp_path):
