@@ -15,8 +15,8 @@ MODEL := demo/SmolLM2-135M-Instruct
 # These targets run on the CPU, and the CUDA code takes minutes to compile: `make gpu` is for machines that need it.
 export LORA_KERNELS_BUILD ?= cpu
 # Those that compute in the CPU kernels, for test-levels; TESTS=tests takes all.
-KERNEL_TESTS := native quantize dequantize decode_absmax formats qlora_linear qlora_linear_group nn model training bitsandbytes
-TESTS ?= $(KERNEL_TESTS:%=tests/test_%.py)
+KERNEL_TESTS := ops/test_[!bc]*.py backends/test_native.py layers/test_[!a]*.py hf/test_bitsandbytes.py
+TESTS ?= $(addprefix tests/,$(KERNEL_TESTS))
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 # A wheel holds a compiled module for each of these versions of torch; 2.15 is there from Python 3.11 on.
 WHEEL_TORCH ?= 2.11.0 2.12.0 2.13.0 2.14.1 $(if $(filter 3.10,$(VERSION)),,2.15.0)
@@ -57,7 +57,7 @@ bench: $(VENV)/.installed
 # On a GPU machine, in the Python that has its torch and Triton.  A failed test does not keep the suites from running: they
 # refuse what is wrong on their own.  Results are files under bench/results/, the table of all suites and targets comes last.
 gpu:
-	status=0; $(PYTHON) -m pytest -q tests/test_gpu.py tests/test_triton.py || status=$$?; \
+	status=0; $(PYTHON) -m pytest -q tests/backends/test_gpu.py tests/backends/test_triton.py || status=$$?; \
 	$(PYTHON) -m bench run all --device cuda --minutes 5.5 --save || status=$$?; exit $$status
 
 lint: $(VENV)/.installed

@@ -20,17 +20,23 @@ except ImportError as e:
 import torch
 
 from lora_kernels.allocator import keep_freed_memory
-from lora_kernels.threads import BUSY, Meter, fit
+from lora_kernels.app.threads import BUSY, Meter, fit
 
-from . import bench_layer, bench_memory, bench_model, bench_weight, cases, grid, profile_op
-from . import compile_check as compile_check_
 from . import report as report_
-from . import resources as resources_
-from . import targets as targets_
-from . import tune as tune_
 from .measure import QUICK, Effort, environment, waited_now
-from .plot import draw
+from .report import grid
+from .report import targets as targets_
+from .report.plot import draw
 from .suite import OURS, Line, run_suite, write_json, write_text, wrong_lines
+from .suites import cases
+from .suites import layer as bench_layer
+from .suites import memory as bench_memory
+from .suites import model as bench_model
+from .suites import weight as bench_weight
+from .tools import compile_check as compile_check_
+from .tools import profile_op
+from .tools import resources as resources_
+from .tools import tune as tune_
 
 warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 app = typer.Typer(help="Benchmarks of lora_kernels, side by side with what one would use instead.", no_args_is_help=True)

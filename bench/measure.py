@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 
+from lora_kernels.app.threads import Meter, cpu_quota
 from lora_kernels.backends import native
-from lora_kernels.threads import Meter, cpu_quota
 
 Run = Callable[[int], object]
 """Computes once, on the i-th copy of the data."""

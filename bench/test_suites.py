@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from . import bench_layer, bench_weight
 from .suite import OURS, Contender, Line, prepare
+from .suites import layer as bench_layer
+from .suites import weight as bench_weight
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SUITES = (*bench_weight.CLASSES, "forward", "train_layer")

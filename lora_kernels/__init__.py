@@ -15,7 +15,7 @@ except TooOldError as e:
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .adapter import load_adapter, save_adapter
+from .adapter_files import load_adapter, save_adapter
 from .allocator import keep_freed_memory
 from .autograd import decode_absmax, dequantize, qlora_linear, qlora_linear_group, quantize
 from .backends import use_backend

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,6 @@ from torch.utils import _pytree as pytree
 if TYPE_CHECKING:
     import bitsandbytes as bnb
 
-QUANT_TYPES = ("nf4", "fp4")
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 BLOCKSIZE2 = 256
 """Blocks that share one second-level scale."""
@@ -45,33 +45,85 @@ def _dynamic_map() -> Tensor:
     return _float32(sorted(values))
 
 
-NF4_CODE = _float32(
-    [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453]
-    + [-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0]
-    + [0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224]
-    + [0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0]
-)
-"""NF4 value of each 4-bit index: quantiles of the standard normal distribution (QLoRA, appendix E)."""
-FP4_CODE = _float32([0, 0.0625, 8, 12, 4, 6, 2, 3, 0, -0.0625, -8, -12, -4, -6, -2, -3]) / 12
-"""FP4 (1 sign, 2 exponent, 1 mantissa bit) value of each 4-bit index, scaled to [-1, 1]."""
+@dataclass(frozen=True)
+class Format:
+    """How the elements of a block are written, `bits` each, as indices into a table of values.
+
+    Attributes:
+        code: the value of each index, exact in float32, between -1 and 1.
+        bits: of an index; a byte holds as many as fit, the first in its highest bits.
+        blocksizes: numbers of elements that may share a scale.
+    """
+
+    code: tuple[float, ...]
+    bits: int = 4
+    blocksizes: tuple[int, ...] = BLOCKSIZES
+
+    def __post_init__(self) -> None:
+        if self.bits != 4:
+            raise ValueError(f"bits must be 4, got {self.bits}")
+        if len(self.code) != 1 << self.bits or not all(-1 <= v <= 1 for v in self.code):
+            raise ValueError(f"code must be {1 << self.bits} values between -1 and 1, got {self.code}")
+        if self.table.tolist() != list(self.code):
+            raise ValueError("code must be values of float32")
+
+    @cached_property
+    def table(self) -> Tensor:
+        """`code`, float32 on the CPU."""
+        return _float32(list(self.code))
+
+    @cached_property
+    def order(self) -> tuple[int, ...]:
+        """The indices by ascending value; of equal values the smaller index first."""
+        return tuple(sorted(range(len(self.code)), key=self.code.__getitem__))
+
+    @cached_property
+    def midpoints(self) -> tuple[float, ...]:
+        """Float32 numbers halfway between neighbouring values: how many are below an element is its place in `order`."""
+        ascending = self.table[list(self.order)]
+        return tuple(((ascending[:-1] + ascending[1:]) / 2).tolist())
+
+
+FORMATS = {
+    # quantiles of the standard normal distribution (QLoRA, appendix E)
+    "nf4": Format(
+        (
+            *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+            *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+            *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+            *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+        )
+    ),
+    # one sign, two exponent and one mantissa bit, scaled to [-1, 1]
+    "fp4": Format(tuple((_float32([0, 0.0625, 8, 12, 4, 6, 2, 3, 0, -0.0625, -8, -12, -4, -6, -2, -3]) / 12).tolist())),
+}
+"""Every `quant_type`: a format is added here, and every backend computes with it."""
+
 DYNAMIC_MAP = _dynamic_map()
 """The 256-entry map of double-quantized scales."""
 
 
 def codebook(quant_type: str) -> Tensor:
     """The float32 [16] value of each 4-bit index of `quant_type`, on the CPU."""
-    return NF4_CODE if check_quant_type(quant_type) == "nf4" else FP4_CODE
+    return format_of(quant_type).table
+
+
+def format_of(quant_type: str) -> Format:
+    """Raises ValueError where there is no format of that name."""
+    if not isinstance(quant_type, str) or quant_type not in FORMATS:
+        raise ValueError(f"quant_type must be one of {', '.join(FORMATS)}, got {quant_type!r}")
+    return FORMATS[quant_type]
 
 
 def check_quant_type(quant_type: str) -> str:
-    if quant_type not in QUANT_TYPES:
-        raise ValueError(f"quant_type must be one of {', '.join(QUANT_TYPES)}, got {quant_type!r}")
+    format_of(quant_type)
     return quant_type
 
 
-def check_blocksize(blocksize: int) -> int:
-    if isinstance(blocksize, bool) or not isinstance(blocksize, int) or blocksize not in BLOCKSIZES:
-        raise ValueError(f"blocksize must be one of {', '.join(map(str, BLOCKSIZES))}, got {blocksize!r}")
+def check_blocksize(blocksize: int, quant_type: str = "nf4") -> int:
+    accepted = format_of(quant_type).blocksizes
+    if isinstance(blocksize, bool) or not isinstance(blocksize, int) or blocksize not in accepted:
+        raise ValueError(f"blocksize must be one of {', '.join(map(str, accepted))}, got {blocksize!r}")
     return blocksize
 
 
@@ -197,7 +249,7 @@ class QuantizedWeight:
             KeyError: a tensor is missing from `sd`.
             ValueError: a tensor has a wrong size, or the format is not one that lora_kernels computes with.
         """
-        blob = [f"{prefix}.quant_state.bitsandbytes__{q}" for q in QUANT_TYPES]
+        blob = [f"{prefix}.quant_state.bitsandbytes__{q}" for q in FORMATS]
         found = [k for k in blob if k in sd]
         if not found:
             raise KeyError(
@@ -308,8 +360,7 @@ class QuantizedWeight:
         quant_map: Tensor | None,
     ) -> QuantizedWeight:
         """A weight from tensors of unknown origin: scales brought to float32, every size and table checked."""
-        check_quant_type(quant_type)
-        check_blocksize(blocksize)
+        check_blocksize(blocksize, quant_type)
         if dtype not in WEIGHT_DTYPES:
             raise ValueError(f"{name}: dtype must be one of {_names(WEIGHT_DTYPES)}, got {dtype}")
         if packed.dtype not in STORAGE_DTYPES:

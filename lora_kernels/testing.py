@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .autograd import quantize
-from .formats import NF4_CODE, QuantizedWeight
+from .formats import FORMATS, QuantizedWeight
 
 Results = dict[str, Tensor]
 """`y` and whichever of `dx`, `dA`, `dB`, `dbias` were asked for."""
@@ -99,7 +99,7 @@ def make_inputs(case: Case, seed: int = 0, device: torch.device | str = "cpu") -
 
 def decode(qw: QuantizedWeight, dtype: torch.dtype) -> Tensor:
     """The weight in `dtype`: `code * absmax` in float32, rounded once; for float64 the float32 product itself."""
-    code = NF4_CODE if qw.quant_type == "nf4" else torch.tensor(_FP4_CODE, dtype=torch.float32)
+    code = torch.tensor(_FP4_CODE if qw.quant_type == "fp4" else FORMATS[qw.quant_type].code, dtype=torch.float32)
     packed = qw.packed.contiguous().view(torch.uint8).flatten()
     position = torch.arange(qw.numel, device=packed.device)
     nibble = torch.where(position % 2 == 0, packed[position // 2] // 16, packed[position // 2] % 16)

@@ -35,7 +35,7 @@ COUNTS: Counter[str] = Counter()
 """Cases that a test counts; shown at the end of the run."""
 
 CPU = torch.device("cpu")
-collect_ignore = [] if torch.cuda.is_available() else ["test_gpu.py"]
+collect_ignore = [] if torch.cuda.is_available() else ["backends/test_gpu.py"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -86,7 +86,7 @@ def seed(request: pytest.FixtureRequest) -> int:
 
 
 INTERPRETED = ("triton",) if os.environ.get("TRITON_INTERPRET") == "1" else ()
-"""On a CPU Triton runs in its interpreter only: tests/test_triton.py sees to that."""
+"""On a CPU Triton runs in its interpreter only: tests/backends/test_triton.py sees to that."""
 
 
 @pytest.fixture(params=(*INTERPRETED, *backends.ORDER["cpu"]))

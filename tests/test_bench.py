@@ -22,26 +22,18 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import lora_kernels as lk
-from bench import (
-    bench_layer,
-    bench_model,
-    bench_weight,
-    cases,
-    cli,
-    compile_check,
-    grid,
-    measure,
-    report,
-    suite,
-    targets,
-    test_suites,
-    tune,
-)
-from bench.plot import Span, draw_overview
+from bench import cli, measure, report, suite, test_suites
+from bench.report import grid, targets
+from bench.report.plot import Span, draw_overview
 from bench.suite import OURS, measure_line, run_suite, summary
-from lora_kernels import threads
+from bench.suites import cases
+from bench.suites import layer as bench_layer
+from bench.suites import model as bench_model
+from bench.suites import weight as bench_weight
+from bench.tools import compile_check, tune
+from lora_kernels.app import threads
+from lora_kernels.app.threads import BUSY
 from lora_kernels.backends import reference
-from lora_kernels.threads import BUSY
 
 CPU = torch.device("cpu")
 TOP = measure.Ceiling(1e10, 1e11, 256)

@@ -75,7 +75,7 @@ def programs() -> dict[str, dict[str, set[str]]]:
     typer = pytest.importorskip("typer")
     pytest.importorskip("psutil")
     from bench import cli as bench_cli
-    from lora_kernels import cli
+    from lora_kernels.app import cli
 
     found = {}
     for name, app in (("lora-kernels", cli.app), ("bench", bench_cli.app)):
@@ -144,7 +144,7 @@ def test_environment_variables(file: Path) -> None:
 def test_the_table_of_options_is_that_of_finetune() -> None:
     typer = pytest.importorskip("typer")
     pytest.importorskip("psutil")
-    from lora_kernels import cli
+    from lora_kernels.app import cli
 
     rows = dict(re.findall(r"^\| `(--[\w-]+)` \| ([^|]*?) ?\|", TEXTS[ROOT / "docs" / "finetune.md"], re.MULTILINE))
     command = typer.main.get_command(cli.app).commands["finetune"]

@@ -74,7 +74,7 @@ def test_an_old_bitsandbytes_is_not_taken_for_none():
 def test_the_command_line_says_it_in_a_line(monkeypatch, tmp_path):
     from typer.testing import CliRunner
 
-    from lora_kernels import cli
+    from lora_kernels.app import cli
 
     monkeypatch.setitem(requirements.FLOORS, "transformers", "99.1")
     done = CliRunner().invoke(cli.app, ["verify", str(tmp_path)])

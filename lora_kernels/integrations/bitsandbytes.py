@@ -21,7 +21,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from .. import backends
 from ..autograd import dequantize, qlora_linear, quantize
-from ..formats import QUANT_TYPES, QuantizedWeight, codebook
+from ..formats import FORMATS, QuantizedWeight, codebook
 from ..nn import PackedWeight
 
 _OURS = (bnb.nn.Linear4bit, bnb.nn.LinearNF4, bnb.nn.LinearFP4)
@@ -266,7 +266,7 @@ _quant_types = WeakTensorKeyDictionary()
 def _gemv_4bit(A: Tensor, B: Tensor, shapeB: list[int], absmax: Tensor, code: Tensor, blocksize: int) -> Tensor:
     quant_type = _quant_types.get(code)
     if quant_type is None:
-        quant_type = next((q for q in QUANT_TYPES if torch.equal(code.float().cpu(), codebook(q))), None)
+        quant_type = next((q for q in FORMATS if torch.equal(code.float().cpu(), codebook(q))), None)
         if quant_type is None:
             raise ValueError("gemv_4bit: code is neither the nf4 nor the fp4 table; call lora_kernels.unpatch_bitsandbytes()")
         _quant_types[code] = quant_type

@@ -27,7 +27,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..autograd import quantize
 from ..formats import (
-    QUANT_TYPES,
+    FORMATS,
     STORAGE_DTYPES,
     WEIGHT_DTYPES,
     QuantizedWeight,
@@ -209,7 +209,7 @@ def new_layer(qw: QuantizedWeight, bias: Tensor | None, compute_dtype: torch.dty
 def _serialized_names() -> list[str]:
     """What a 4-bit weight is made of, the weight itself last: transformers takes the first name that is part of a key."""
     parts = [".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map"]
-    return [f"weight{p}" for p in [*parts, *(f".quant_state.bitsandbytes__{q}" for q in QUANT_TYPES), ""]]
+    return [f"weight{p}" for p in [*parts, *(f".quant_state.bitsandbytes__{q}" for q in FORMATS), ""]]
 
 
 def _stays_dense(name: str, patterns: list[str]) -> bool:

@@ -18,14 +18,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ..adapter import writing
-from ..formats import QUANT_TYPES, QuantizedWeight, dtype_name
+from ..adapter_files import writing
+from ..formats import FORMATS, QuantizedWeight, dtype_name
 from ..model import apply_qlora, fused_layers
 from ..nn import AdapterConfig, FusedQLoRALinear
 from ..requirements import require
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_STATE = tuple(f".quant_state.bitsandbytes__{q}" for q in QUANT_TYPES)
+_STATE = tuple(f".quant_state.bitsandbytes__{q}" for q in FORMATS)
 
 
 def is_local(model: str) -> bool:

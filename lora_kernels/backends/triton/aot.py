@@ -32,10 +32,9 @@ from . import (
     qlora_linear_group,
     qlora_linear_group_backward,
     quantize,
-    tables,
 )
 from .launch import Launch, forcing, recording
-from .settings import Config
+from .settings import Config, tables
 
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (1024, 4096), (576, 576), (1536, 576), (576, 1536))
 """(N, K) of the layers of an 8B and of a 135M model."""

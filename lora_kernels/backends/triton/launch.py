@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ...formats import QuantizedWeight, codebook
 from .settings import Config, pick_config
-from .tables import entries_of, nearest
+from .settings.tables import entries_of, nearest
 from .tiles import INTERPRET
 
 

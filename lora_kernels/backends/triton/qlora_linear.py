@@ -20,9 +20,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ...formats import QuantizedWeight
-from .adapter import expand, low_rank, project
 from .dequantize import decode_panel
 from .launch import capability, cdiv, config_of, group_of, has_ptx, launch, on, rank_block, weight_args, weight_meta
+from .low_rank import expand, low_rank, project
 from .settings import MAX_PANEL_BYTES, Config
 from .tiles import cast, dot, last_arrival, load_weight, shuffle_k, swizzle, to_float
 from .workspace import counters

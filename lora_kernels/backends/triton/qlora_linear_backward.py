@@ -13,9 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ...formats import QuantizedWeight
-from .adapter import expand, keep_args, low_rank, read, read_dy
 from .dequantize import decode_panel
 from .launch import cdiv, config_of, group_of, launch, on, rank_block, weight_args, weight_meta
+from .low_rank import expand, keep_args, low_rank, read, read_dy
 from .qlora_linear import slices, usable
 from .settings import Config
 from .tiles import cast, dot, kept, load_weight, swizzle, to_float

@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .. import Layer
-from .adapter import expand, project, read, read_dy
 from .launch import on
+from .low_rank import expand, project, read, read_dy
 from .qlora_linear import linear_config, qlora_linear
 from .qlora_linear_backward import add_dx, add_panels, dx_config
 

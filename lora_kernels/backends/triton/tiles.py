@@ -19,7 +19,7 @@ import struct
 import triton
 import triton.language as tl
 
-from ...formats import FP4_CODE, NF4_CODE
+from ...formats import FORMATS
 
 INTERPRET = tl.constexpr(bool(triton.knobs.runtime.interpret))
 """Whether Triton's interpreter runs the kernels.  Its bf16 casts truncate and its bf16 dots multiply bit patterns, so `cast`,
@@ -29,7 +29,7 @@ INTERPRET = tl.constexpr(bool(triton.knobs.runtime.interpret))
 # ---- PTX
 
 
-def table_asm(code: list[float], dtype: str) -> str:
+def table_asm(code: tuple[float, ...], dtype: str) -> str:
     """absmax ($8) -> the block's 16 scaled 16-bit values, low bytes in $0-$3, high bytes in $4-$7."""
     bits = [f"0f{struct.unpack('>I', struct.pack('>f', v))[0]:08X}" for v in code]
     asm = "{\n.reg .f32 v<16>;\n.reg .b32 p<8>;\n"
@@ -55,10 +55,10 @@ def word_asm() -> str:
     return asm + "}"
 
 
-NF4_BF16 = tl.constexpr(table_asm(NF4_CODE.tolist(), "bf16"))
-NF4_FP16 = tl.constexpr(table_asm(NF4_CODE.tolist(), "f16"))
-FP4_BF16 = tl.constexpr(table_asm(FP4_CODE.tolist(), "bf16"))
-FP4_FP16 = tl.constexpr(table_asm(FP4_CODE.tolist(), "f16"))
+NF4_BF16 = tl.constexpr(table_asm(FORMATS["nf4"].code, "bf16"))
+NF4_FP16 = tl.constexpr(table_asm(FORMATS["nf4"].code, "f16"))
+FP4_BF16 = tl.constexpr(table_asm(FORMATS["fp4"].code, "bf16"))
+FP4_FP16 = tl.constexpr(table_asm(FORMATS["fp4"].code, "f16"))
 WORD = tl.constexpr(word_asm())
 MUL_ADD = tl.constexpr("{ .reg .f32 t; mul.rn.f32 t, $1, $2; add.rn.f32 $0, t, $3; }")
 
