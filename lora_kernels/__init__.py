@@ -26,18 +26,20 @@ from .nn import AdapterConfig, FusedQLoRALinear, MergeReport
 from .version import __version__
 
 if TYPE_CHECKING:
-    from .integrations.bitsandbytes import accelerate, patch_bitsandbytes, unpatch_bitsandbytes
-    from .integrations.peft import enable_peft, loftq_init, merge_dense
+    from .integrations.accelerate import accelerate
+    from .integrations.bitsandbytes import patch_bitsandbytes, unpatch_bitsandbytes
+    from .integrations.merge import merge_dense
+    from .integrations.peft import enable_peft, loftq_init
     from .integrations.quantizer import QLoRAQuantConfig
 
 warn_of_mismatch()
 
 _LAZY = {
     "QLoRAQuantConfig": "quantizer",
-    "accelerate": "bitsandbytes",
+    "accelerate": "accelerate",
     "enable_peft": "peft",
     "loftq_init": "peft",
-    "merge_dense": "peft",
+    "merge_dense": "merge",
     "patch_bitsandbytes": "bitsandbytes",
     "unpatch_bitsandbytes": "bitsandbytes",
 }

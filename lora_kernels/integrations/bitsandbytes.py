@@ -1,4 +1,4 @@
-"""bitsandbytes: its 4-bit layer with our forward, models of it turned fused in place, and our kernels under its own ops.
+"""bitsandbytes: its 4-bit layer with our forward, and our kernels under its own ops.
 
 `FusedLinear4bit` is a `bnb.nn.Linear4bit`, parameters, state dict and all; whatever recognises that class works with it.
 """
@@ -23,8 +23,10 @@ from .. import backends
 from ..autograd import dequantize, qlora_linear, quantize
 from ..formats import FORMATS, QuantizedWeight, codebook
 from ..nn import PackedWeight
+from .merge import dense_linear
 
-_OURS = (bnb.nn.Linear4bit, bnb.nn.LinearNF4, bnb.nn.LinearFP4)
+STOCK_LAYERS = (bnb.nn.Linear4bit, bnb.nn.LinearNF4, bnb.nn.LinearFP4)
+"""The layers that `adopt` can accept."""
 
 
 class FusedLinear4bit(PackedWeight, bnb.nn.Linear4bit):
@@ -87,6 +89,11 @@ class FusedLinear4bit(PackedWeight, bnb.nn.Linear4bit):
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         return dequantize(self.quantized_weight, dtype)
 
+    def to_linear(self, dtype: torch.dtype | None = None) -> nn.Linear:
+        """The same as a dense layer; `dtype` None takes the dtype that the weight had before quantization."""
+        qw = self.quantized_weight
+        return dense_linear(dequantize(qw, torch.float32), self.bias, dtype or qw.dtype, self.training)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedLinear4bit:
         """Moves everything; a cast of the model leaves packed bytes that are held as floats alone."""
         before = self._parameters["weight"].data  # type: ignore[union-attr]
@@ -128,45 +135,6 @@ def adopt(layer: bnb.nn.Linear4bit, name: str) -> None:
     if state.state2 is not None:
         state.state2.absmax, state.state2.code, state.offset = qw.absmax2, qw.code2, qw.offset
     layer.quant_state = state
-
-
-def accelerate(model: nn.Module) -> nn.Module:
-    """Makes the layers of an existing bitsandbytes or PEFT-on-bitsandbytes model fused, in place.
-
-    Every parameter stays the same object, so that an optimizer in use keeps working, and the state dict keeps its keys.
-    Adapters that PEFT adds later are fused too.  `lora_kernels.verify` says what became of each layer.
-
-    Args:
-        model: a model with `bnb.nn.Linear4bit` layers in it, with or without PEFT around it.
-
-    Returns:
-        `model`.
-
-    Raises:
-        TypeError: not a module.
-        ValueError: there is no 4-bit layer, or one can't be taken over (it is named); the model is unchanged then.
-    """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    named = list(model.named_modules())
-    linears = {name: m for name, m in named if type(m) in _OURS}
-    if not linears and not any(isinstance(m, FusedLinear4bit) for _, m in named):
-        kinds = sorted({type(m).__name__ for _, m in named if "Linear" in type(m).__name__})
-        raise ValueError(
-            "model has no bitsandbytes 4-bit layer (bnb.nn.Linear4bit); its linear layers are "
-            f"{', '.join(kinds) or 'none'}. A dense model is quantized by lora_kernels.apply_qlora"
-        )
-    for name, layer in linears.items():
-        adopt(layer, name or "model")
-    for layer in linears.values():
-        layer.__class__ = FusedLinear4bit
-    try:
-        from . import peft
-    except ImportError:
-        return model
-    peft.enable_peft()
-    peft.take_over(model)
-    return model
 
 
 # ---- our kernels under bitsandbytes' ops

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from ..autograd import dequantize, qlora_linear, quantize
 from ..formats import QuantizedWeight
 from ..nn import FusedQLoRALinear
+from .merge import dense_linear
 
 try:
     from peft.tuners.lora.bnb import Linear4bit as PeftLinear4bit
@@ -303,7 +304,7 @@ class _FusedLora:
         original, bias = self._unmerged or (base.quantized_weight, base.bias)
         names = [] if self.disable_adapters else self._active()
         weight, bias = self._merged_dense(dequantize(original, torch.float32), bias, self.merged_adapters or names)
-        return _dense_linear(weight, bias, dtype or original.dtype, self.training)
+        return dense_linear(weight, bias, dtype or original.dtype, self.training)
 
     # ---- moving, initialising
 
@@ -322,7 +323,7 @@ class _FusedLora:
         base, wrapper = self.get_base_layer(), self.base_layer
         qw = base.quantized_weight
         weight = dequantize(qw, torch.float32)
-        dense = _dense_linear(weight.clone(), None, torch.float32, False)
+        dense = dense_linear(weight.clone(), None, torch.float32, False)
         handed = {k: v for k, v in base.__dict__.items() if k in ("eigens", "_peft_loraga_grad")}
         dense.__dict__.update(handed)
         self.base_layer = dense
@@ -386,19 +387,10 @@ if PeftLinear4bit is not None:
 
 def _set_weight(base: Any, qw: QuantizedWeight) -> None:
     base._set_weight(qw)
-    if base.weight.is_meta and not qw.packed.is_meta:  # as in `_dense_linear`
+    if base.weight.is_meta and not qw.packed.is_meta:  # as in `dense_linear`
         packed = nn.Parameter(qw.packed, requires_grad=False) if isinstance(base, FusedQLoRALinear) else qw.to_bitsandbytes()
         base._parameters["weight"] = packed
         base.quant_state = getattr(packed, "quant_state", None)
-
-
-def _dense_linear(weight: Tensor, bias: Tensor | None, dtype: torch.dtype, training: bool) -> nn.Linear:
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
-    # set past register_parameter, which PEFT lets create everything on the meta device while it loads with low_cpu_mem_usage
-    linear._parameters["weight"] = nn.Parameter(weight.detach().to(dtype), requires_grad=False)
-    if bias is not None:
-        linear._parameters["bias"] = nn.Parameter(bias.detach().to(dtype, copy=True), requires_grad=False)
-    return linear.train(training)
 
 
 def _low_rank(weight: Tensor, r: int) -> tuple[Tensor, Tensor]:
@@ -468,52 +460,7 @@ def take_over(model: nn.Module) -> None:
             module.__class__ = FusedLoraLinear4bit
 
 
-# ---- leaving 4 bits, LoftQ
-
-
-def merge_dense(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
-    """Merges the active adapters and returns the base model in `dtype`, for servers that want 16-bit weights.
-
-    Each weight is the dequantized base plus the update, added in float32 and rounded once, so that nothing of the adapter is
-    lost as it would be in a merge into 4 bits.  The model that was passed is used up.
-
-    Args:
-        model: a PEFT model, or any model with our layers in it.
-        dtype: of the whole model that is returned.
-
-    Raises:
-        ValueError: there is no layer of ours in the model.
-    """
-    replaced = 0
-    for name, module in list(model.named_modules()):
-        if isinstance(module, _FusedLora):
-            model.set_submodule(name, module.to_linear(dtype))
-        elif isinstance(module, FusedQLoRALinear):
-            if any(isinstance(model.get_submodule(n), nn.Linear) for n in _parents(name)):
-                continue
-            model.set_submodule(name, module.to_linear(dtype))
-        elif _is_base(module):
-            if any(type(model.get_submodule(n)) is nn.Linear for n in _parents(name)):
-                continue
-            linear = _dense_linear(module.dequantize(torch.float32), module.bias, dtype, module.training)
-            model.set_submodule(name, linear)
-        else:
-            continue
-        replaced += 1
-    if not replaced:
-        raise ValueError("model has no layer of lora_kernels in it: nothing to merge")
-    unload = getattr(model, "unload", None)
-    dense: Any = unload() if callable(unload) else model
-    quantizer = getattr(dense, "hf_quantizer", None)
-    if quantizer is not None:
-        quantizer.remove_quantization_config(dense)
-    dense.is_loaded_in_4bit = False
-    return dense.to(dtype)
-
-
-def _parents(name: str) -> list[str]:
-    parts = name.split(".")
-    return [".".join(parts[:i]) for i in range(1, len(parts))]
+# ---- LoftQ
 
 
 @torch.no_grad()

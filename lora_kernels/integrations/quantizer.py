@@ -13,11 +13,13 @@ from ..requirements import installed, missing, require
 require("transformers", "lora_kernels.QLoRAQuantConfig")
 
 import re
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import ConversionOps, PrefixChange, WeightConverter
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
@@ -36,17 +38,9 @@ from ..formats import (
     check_storage,
     dtype_name,
 )
-from ..nn import FusedQLoRALinear
-
-try:
-    from .bitsandbytes import FusedLinear4bit
-except ModuleNotFoundError:
-    FusedLinear4bit = None  # type: ignore[assignment, misc]
-
-try:
-    from . import peft as _peft
-except ModuleNotFoundError:
-    _peft = None  # type: ignore[assignment]
+from ..nn import FusedQLoRALinear, PackedWeight
+from .bnb_config import BnbConfig, is_4bit
+from .merge import merge_dense
 
 METHOD = "lora_kernels"
 
@@ -70,6 +64,9 @@ class QLoRAQuantConfig(QuantizationConfigMixin):
         compute_dtype: layers cast their input to it and their output back; None computes in the dtype of the input.
         modules_to_not_convert: names, or last parts of names, of linear layers that stay dense, besides the output head and
             tied layers, which stay dense in any case.
+        own_layers: make `FusedQLoRALinear` layers, which take adapters of `lora_kernels` (`add_adapter`, `load_adapter`), also
+            where bitsandbytes is installed; else they are `bnb.nn.Linear4bit` layers with our forward, for PEFT and whatever
+            else knows that class.  A choice of the moment: it is not written to config.json.
 
     Raises:
         ValueError: an option is not one of those accepted.
@@ -83,6 +80,7 @@ class QLoRAQuantConfig(QuantizationConfigMixin):
         quant_storage: torch.dtype | str = torch.uint8,
         compute_dtype: torch.dtype | str | None = None,
         modules_to_not_convert: list[str] | None = None,
+        own_layers: bool = False,
     ) -> None:
         self.quant_method = METHOD
         self.quant_type = check_quant_type(quant_type)
@@ -93,48 +91,31 @@ class QLoRAQuantConfig(QuantizationConfigMixin):
         if isinstance(modules_to_not_convert, str):
             raise ValueError(f"modules_to_not_convert must be a list of names, got the string {modules_to_not_convert!r}")
         self.modules_to_not_convert = None if modules_to_not_convert is None else list(modules_to_not_convert)
+        self.own_layers = own_layers
 
     @classmethod
     def from_bitsandbytes(cls, config: dict[str, Any], given: QLoRAQuantConfig) -> QLoRAQuantConfig:
-        """The format of a checkpoint whose config.json holds `config`, with `given`'s compute_dtype.
+        """The format of a checkpoint whose config.json holds `config`, with `given`'s compute_dtype and own_layers.
 
         Raises:
             ValueError: the checkpoint is not in bitsandbytes' 4-bit format.
         """
-        method = config.get("quant_method")
-        if not config.get("load_in_4bit") and not config.get("_load_in_4bit"):
+        if not is_4bit(config):
             bits = ", load_in_8bit" if config.get("load_in_8bit") else ""
             raise ValueError(
-                f"the checkpoint is quantized already ({method}{bits}); QLoRAQuantConfig reads dense checkpoints and those in "
-                "bitsandbytes' 4-bit format. Take the dense model it was made from"
+                f"the checkpoint is quantized already ({config.get('quant_method')}{bits}); QLoRAQuantConfig reads dense "
+                "checkpoints and those in bitsandbytes' 4-bit format. Take the dense model it was made from"
             )
-        return cls(
-            config.get("bnb_4bit_quant_type", "fp4"),
-            config.get("bnb_4bit_use_double_quant", False),
-            config.get("blocksize", 64),
-            config.get("bnb_4bit_quant_storage", "uint8"),
-            given.compute_dtype,
-            config.get("llm_int8_skip_modules"),
-        )
+        found = BnbConfig.from_dict(config)
+        dense = None if found.dense_modules is None else list(found.dense_modules)
+        storage = (found.blocksize, found.quant_storage)
+        return cls(found.quant_type, found.double_quant, *storage, given.compute_dtype, dense, given.own_layers)
 
     def to_dict(self) -> dict[str, Any]:
-        """The entry of config.json: BitsAndBytesConfig's, with the blocksize added."""
-        return {
-            "quant_method": "bitsandbytes",
-            "load_in_4bit": True,
-            "_load_in_4bit": True,
-            "load_in_8bit": False,
-            "_load_in_8bit": False,
-            "bnb_4bit_quant_type": self.quant_type,
-            "bnb_4bit_use_double_quant": self.double_quant,
-            "bnb_4bit_quant_storage": dtype_name(self.quant_storage),
-            "bnb_4bit_compute_dtype": dtype_name(self.compute_dtype or torch.bfloat16),
-            "llm_int8_skip_modules": self.modules_to_not_convert,
-            "llm_int8_threshold": 6.0,
-            "llm_int8_enable_fp32_cpu_offload": False,
-            "llm_int8_has_fp16_weight": False,
-            "blocksize": self.blocksize,
-        }
+        """The entry of config.json."""
+        storage = (self.blocksize, self.quant_storage)
+        compute_dtype = self.compute_dtype or torch.bfloat16
+        return BnbConfig(self.quant_type, self.double_quant, *storage, compute_dtype, self.modules_to_not_convert).to_dict()
 
 
 class _Convert(ConversionOps):
@@ -153,7 +134,7 @@ class _Convert(ConversionOps):
         features = dense.weight.shape[::-1] if isinstance(dense, Conv1D) else dense.weight.shape
         if qw.shape != tuple(features):  # type: ignore[arg-type]
             raise ValueError(f"{name} is a 4-bit weight {list(qw.shape)}, the model has {list(features)} there")  # type: ignore[arg-type]
-        layer = new_layer(qw, dense.bias, self.hf_quantizer.quantization_config.compute_dtype, dense.training)  # type: ignore[arg-type]
+        layer = self.hf_quantizer.new_layer(qw, dense.bias, dense.training)  # type: ignore[arg-type]
         layer._is_hf_initialized = True  # type: ignore[assignment]
         model.set_submodule(path, layer)
         self.hf_quantizer.loaded[path] = qw
@@ -199,13 +180,6 @@ class Deserialize(_Convert):
             return {}
 
 
-def new_layer(qw: QuantizedWeight, bias: Tensor | None, compute_dtype: torch.dtype | None, training: bool) -> nn.Module:
-    """The base layer of models of transformers: bitsandbytes' with our forward, or our own where there is no bitsandbytes."""
-    if FusedLinear4bit is not None:
-        return FusedLinear4bit.from_quantized(qw, bias, compute_dtype, training)
-    return FusedQLoRALinear._build(qw, bias, compute_dtype, None, training)
-
-
 def _serialized_names() -> list[str]:
     """What a 4-bit weight is made of, the weight itself last: transformers takes the first name that is part of a key."""
     parts = [".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map"]
@@ -237,6 +211,16 @@ class QLoRAQuantizer(HfQuantizer):
         self.targets: set[str] = set()
         self.loaded: dict[str, QuantizedWeight] = {}
         self.problems: list[str] = []
+        self.own_layers = quantization_config.own_layers or installed("bitsandbytes") is None
+
+    def new_layer(self, qw: QuantizedWeight, bias: Tensor | None, training: bool) -> nn.Module:
+        """The layer that takes the place of a dense one."""
+        compute_dtype = self.quantization_config.compute_dtype
+        if self.own_layers:
+            return FusedQLoRALinear._build(qw, bias, compute_dtype, None, training)
+        from .bitsandbytes import FusedLinear4bit
+
+        return FusedLinear4bit.from_quantized(qw, bias, compute_dtype, training)
 
     def validate_environment(self, device_map: Any = None, **kwargs: Any) -> None:
         if is_deepspeed_zero3_enabled():
@@ -275,6 +259,10 @@ class QLoRAQuantizer(HfQuantizer):
         if not self.targets:
             raise ValueError("model has no linear layer to quantize, or modules_to_not_convert names all of them")
         config.modules_to_not_convert = sorted(skip)
+        if not config.own_layers and installed("peft"):
+            from .peft import enable_peft
+
+            enable_peft()
         if self.pre_quantized and missing("transformers", "5.21"):
             _load_uncast(model, self.targets)
 
@@ -292,19 +280,19 @@ class QLoRAQuantizer(HfQuantizer):
             layer = model.get_submodule(name)
             if isinstance(layer, FusedQLoRALinear):  # transformers put empty tensors in the place of its buffers
                 layer._set_weight(qw)
+        loaded = set(self.loaded)
         self.loaded.clear()
         ours = getattr(model, "_weight_conversions", None) or []
         model._weight_conversions = [c for c in ours if not any(isinstance(op, Deserialize) for op in _operations(c))]
+        forget_conversions(model, loaded)
         for name, module in model.named_modules():
-            if name in self.targets or _is_ours(module):
+            if name in self.targets or isinstance(module, PackedWeight):
                 module.requires_grad_(False)
-        if FusedLinear4bit is not None:
+        if not self.own_layers:
             model.is_loaded_in_4bit = True
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
-        from .peft import merge_dense
-
         return merge_dense(model, _dtype("dtype", dtype, WEIGHT_DTYPES) or torch.bfloat16)
 
     def is_serializable(self) -> bool:
@@ -325,8 +313,21 @@ def _operations(conversion: Any) -> list[Any]:
     return getattr(conversion, "operations", None) or []
 
 
-def _is_ours(module: nn.Module) -> bool:
-    return isinstance(module, FusedQLoRALinear) or (FusedLinear4bit is not None and isinstance(module, FusedLinear4bit))
+def forget_conversions(model: Any, packed: Collection[str]) -> None:
+    """Lets `save_pretrained` keep the names of layers `packed` where a checkpoint would hold their weights joined or turned
+    round, which packed bytes can't be; from_pretrained reads both."""
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions is None:  # not made by from_pretrained: as save_pretrained finds them then
+        found = get_model_conversion_mapping(model, add_legacy=False)
+        conversions = [c for c in found if not isinstance(c, PrefixChange)]
+
+    def changes_packed_bytes(conversion: Any) -> bool:
+        if not isinstance(conversion, WeightConverter):
+            return False
+        backwards = conversion.reverse_transform()
+        return any(backwards.rename_source_key(f"{name}.weight")[1] is not None for name in packed)
+
+    model._weight_conversions = [c for c in conversions if not changes_packed_bytes(c)]
 
 
 _merge = AutoHfQuantizer.merge_quantization_configs.__func__  # type: ignore[attr-defined]
@@ -341,5 +342,3 @@ def _merge_quantization_configs(cls: Any, quantization_config: Any, quantization
 
 
 AutoHfQuantizer.merge_quantization_configs = classmethod(_merge_quantization_configs)
-if _peft is not None:
-    _peft.enable_peft()

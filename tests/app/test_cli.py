@@ -22,9 +22,8 @@ for package in ("typer", "rich", "transformers"):
     pytest.importorskip(package)
 from typer.testing import CliRunner  # noqa: E402
 
-from lora_kernels.app.finetune import load_with_adapter  # noqa: E402
+from lora_kernels.app.load import load_model, load_with_adapter  # noqa: E402
 from lora_kernels.cli import app  # noqa: E402
-from lora_kernels.integrations.transformers import load_model  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -22,8 +22,9 @@ from safetensors.torch import load_file
 
 from lora_kernels.app import demo, trainer
 from lora_kernels.app.finetune import Settings, finetune
+from lora_kernels.app.folders import save_quantized
+from lora_kernels.app.load import load_model
 from lora_kernels.app.trainer import Monitor, lr_factor
-from lora_kernels.integrations.transformers import load_model, save_quantized
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
