@@ -54,7 +54,12 @@ def make_folder(path: Path, tied: bool = True, template: str | None = TEMPLATE, 
         pad_token_id=tokenizer.pad_token_id,
     )
     torch.manual_seed(0)
-    LlamaForCausalLM(config).to(dtype).save_pretrained(path)
+    return save_with_tokenizer(LlamaForCausalLM(config).to(dtype), tokenizer, path)
+
+
+def save_with_tokenizer(model: Any, tokenizer: Any, path: Path, **options: Any) -> Path:
+    """Writes both to `path`; `options` go to the model's save_pretrained."""
+    model.save_pretrained(path, **options)
     tokenizer.save_pretrained(path)
     return path
 

@@ -25,7 +25,9 @@ def merge_dense(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> nn.Mod
     for name, module in list(model.named_modules()):
         inside = replaced and name.startswith(f"{replaced}.")  # parts come right after their layer
         if not inside and hasattr(type(module), "to_linear"):
-            model.set_submodule(name, module.to_linear(dtype))  # type: ignore[operator]
+            linear = module.to_linear(dtype)  # type: ignore[operator]
+            base: Any = module.get_base_layer() if hasattr(module, "get_base_layer") else module
+            model.set_submodule(name, _conv1d(linear) if getattr(base, "was_conv1d", False) else linear)
             replaced = name
     if not replaced:
         raise ValueError("model has no layer of lora_kernels in it: nothing to merge")
@@ -36,6 +38,17 @@ def merge_dense(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> nn.Mod
         quantizer.remove_quantization_config(dense)
     dense.is_loaded_in_4bit = False
     return dense.to(dtype)
+
+
+def _conv1d(linear: nn.Linear) -> nn.Module:
+    """The same as transformers' Conv1D, the class of GPT-2's linear layers, which holds the weight transposed."""
+    from transformers.pytorch_utils import Conv1D
+
+    with torch.device("meta"):
+        layer: nn.Module = Conv1D(linear.out_features, linear.in_features)
+    layer.weight = nn.Parameter(linear.weight.detach().T.contiguous(), requires_grad=False)
+    layer.bias = linear.bias
+    return layer.train(linear.training)
 
 
 def dense_linear(weight: Tensor, bias: Tensor | None, dtype: torch.dtype, training: bool) -> nn.Linear:

@@ -136,6 +136,7 @@ class _Convert(ConversionOps):
             raise ValueError(f"{name} is a 4-bit weight {list(qw.shape)}, the model has {list(features)} there")  # type: ignore[arg-type]
         layer = self.hf_quantizer.new_layer(qw, dense.bias, dense.training)  # type: ignore[arg-type]
         layer._is_hf_initialized = True  # type: ignore[assignment]
+        layer.was_conv1d = isinstance(dense, Conv1D)  # type: ignore[assignment]
         model.set_submodule(path, layer)
         self.hf_quantizer.loaded[path] = qw
         return layer

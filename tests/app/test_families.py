@@ -1,0 +1,112 @@
+"""What the commands do, on a tiny model of each kind whose folders transformers reads in a way of its own: experts joined, keys
+renamed, weights joined, images beside text."""
+
+import pytest
+import torch
+from conftest import assert_same_bits
+from tiny_folder import chats, make_folder, make_tokenizer, save_with_tokenizer, write_jsonl
+
+import lora_kernels as lk
+from lora_kernels.model import fused_layers
+
+for package in ("transformers", "rich"):
+    pytest.importorskip(package)
+import transformers as hf  # noqa: E402
+from rich.console import Console  # noqa: E402
+
+from lora_kernels.app.finetune import Settings, finetune  # noqa: E402
+from lora_kernels.app.folders import save_merged, save_quantized  # noqa: E402
+from lora_kernels.app.generate import answer  # noqa: E402
+from lora_kernels.app.load import load_model, load_quantized, load_with_adapter  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SIZES = {
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+    "bos_token_id": None,
+    "eos_token_id": 0,
+    "pad_token_id": 1,
+}
+GROUPED = SIZES | {"num_key_value_heads": 2}
+HEADS = {"head_dim": 16}
+LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16}
+IMAGES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28}
+MROPE = {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4}}
+
+FAMILIES = {
+    "mixtral": lambda: hf.MixtralConfig(**GROUPED, num_local_experts=4),
+    "qwen3_moe": lambda: hf.Qwen3MoeConfig(
+        **GROUPED, **HEADS, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32
+    ),
+    "olmoe": lambda: hf.OlmoeConfig(**GROUPED, num_experts=4, num_experts_per_tok=2),
+    "granitemoe": lambda: hf.GraniteMoeConfig(**GROUPED, num_local_experts=4),
+    "minimax": lambda: hf.MiniMaxConfig(
+        **GROUPED, **HEADS, num_local_experts=4, block_size=16, layer_types=["full_attention", "linear_attention"]
+    ),
+    "deepseek_v2": lambda: hf.DeepseekV2Config(
+        **SIZES, **LATENT, num_key_value_heads=4, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, n_group=1,
+        topk_group=1, first_k_dense_replace=1,
+    ),
+    "gpt_neox": lambda: hf.GPTNeoXConfig(**SIZES),
+    "gpt2": lambda: hf.GPT2Config(vocab_size=320, n_positions=128, n_embd=64, n_layer=2, n_head=4, bos_token_id=None, eos_token_id=0),
+    "hrm_text": lambda: hf.HrmTextConfig(**GROUPED, **HEADS),
+    "gemma3": lambda: hf.Gemma3Config(
+        text_config=GROUPED | HEADS, vision_config=IMAGES | {"patch_size": 14}, mm_tokens_per_image=4
+    ),
+    "llava": lambda: hf.LlavaConfig(
+        text_config=hf.LlamaConfig(**GROUPED), vision_config=hf.CLIPVisionConfig(**IMAGES, patch_size=14), image_token_index=5
+    ),
+    "qwen2_vl": lambda: hf.Qwen2VLConfig(
+        text_config=GROUPED | MROPE, vision_config={"depth": 1, "embed_dim": 32, "hidden_size": 64, "num_heads": 2}
+    ),
+}  # fmt: skip
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(input_ids=torch.arange(6, 36).reshape(3, 10)).logits
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_from_dense_to_merged(family, tmp_path):
+    """quantize, then generate, finetune and merge from the folder that it wrote."""
+    config = FAMILIES[family]()
+    makers = (hf.AutoModelForCausalLM, hf.AutoModelForImageTextToText)
+    maker = makers[family in ("llava", "qwen2_vl")]
+    torch.manual_seed(0)
+    tokenizer = make_tokenizer()
+    original = maker.from_config(config, dtype=torch.float32)
+    save_with_tokenizer(original, tokenizer, tmp_path / "dense")
+
+    in_memory, tokenizer, already = load_quantized(tmp_path / "dense")
+    assert not already
+    assert type(in_memory) is type(original)
+    save_quantized(in_memory, tokenizer, tmp_path / "q")
+    model, tokenizer, already = load_quantized(tmp_path / "q")
+    assert already
+    assert fused_layers(model).keys() == fused_layers(in_memory).keys()
+    assert len(fused_layers(model)) > 6
+    assert_same_bits(logits(model), logits(in_memory))
+    assert not lk.verify(model, exclude_modules=()).rows == ()
+
+    run = tmp_path / "run"
+    settings = Settings(str(tmp_path / "q"), str(write_jsonl(tmp_path / "data.jsonl", chats(8))), str(run), max_steps=2)
+    result = finetune(settings, console=Console(quiet=True))
+    assert result.log["steps"] == 2
+    tuned, tokenizer, how = load_with_adapter(str(tmp_path / "q"), run, torch.float32)
+    assert how == "4 bits already"
+    assert answer(tuned, tokenizer, "the fox", 3) is not None
+    want = logits(tuned)
+    assert not torch.equal(want, logits(model))
+    save_merged(tuned, tokenizer, tmp_path / "merged", torch.float32)
+    merged, _ = load_model(tmp_path / "merged")
+    assert not fused_layers(merged)
+    assert type(merged) is type(original)
+    torch.testing.assert_close(logits(merged), want, rtol=1e-4, atol=1e-4)
+    stock = maker.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    assert_same_bits(logits(stock), logits(merged))
