@@ -21,8 +21,9 @@ from transformers import TrainingArguments
 from .. import backends, processes
 from ..allocator import keep_freed_memory
 from ..formats import check_blocksize, check_quant_type, dtype_name
-from ..model import Report, fused_layers, group_projections, verify
+from ..model import fused_layers, group_projections
 from ..nn import AdapterConfig
+from ..report import Report, verify
 from ..version import __version__
 from . import threads
 from .data import Collator, Example, Record, encode, read_records, split
@@ -329,7 +330,7 @@ def _facts(model: nn.Module, report: Report, settings: Settings) -> dict[str, An
         "threads": torch.get_num_threads(),
         "device": str(settings.torch_device),
         "dtype": dtype_name(settings.torch_dtype),
-        "backend": backends.pick(settings.torch_device).__name__.rpartition(".")[2],
+        "backend": backends.picked("qlora_linear", settings.torch_device),
         "processes": processes.world_size(),
         "linear_layers": len(weights),
         "fused_layers": len(report.fused),

@@ -65,18 +65,19 @@ def _is_adapter(name: str) -> bool:
 def save_merged(model: Any, tokenizer: Any, out: str | os.PathLike[str], dtype: torch.dtype) -> None:
     """Writes the model as a dense folder: each weight is the dequantized base plus the active adapter's update, in `dtype`.
 
-    The model that was passed is used up (see `lora_kernels.merge_dense`).
+    The model that was passed is used up (see `lora_kernels.merge_dense`); one without 4-bit layers is written as it is.
 
     Args:
         out: a folder that does not exist yet; it appears when complete.
         dtype: of all weights.
 
     Raises:
-        ValueError: `out` exists, or no layer of the model is in 4 bits.
+        ValueError: `out` exists.
     """
     from ..integrations.merge import merge_dense
 
-    save_model(merge_dense(model, dtype), tokenizer, out)
+    dense = merge_dense(model, dtype) if fused_layers(model) else model.to(dtype)
+    save_model(dense, tokenizer, out)
 
 
 def check_new_folder(out: str | os.PathLike[str]) -> Path:

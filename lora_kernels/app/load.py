@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from ..adapter_files import CONFIG, load_adapter
-from ..model import _check_patterns, _matches, apply_qlora, fused_layers
+from ..model import apply_qlora, check_patterns, fused_layers, matches
 from ..nn import AdapterConfig
 from ..requirements import require
 from .folders import LOG
@@ -116,10 +116,10 @@ def add_adapters(model: nn.Module, adapter: AdapterConfig, target_modules: str |
     """
     layers = fused_layers(model)
     if target_modules != "all-linear":
-        _check_patterns("target_modules", target_modules, list(layers), strict=True)
+        check_patterns("target_modules", target_modules, list(layers), strict=True)
     model.requires_grad_(False)
     for name, layer in layers.items():
-        if target_modules == "all-linear" or _matches(name, target_modules):
+        if target_modules == "all-linear" or matches(name, target_modules):
             layer.add_adapter("default", adapter)
 
 

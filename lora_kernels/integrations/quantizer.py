@@ -38,7 +38,8 @@ from ..formats import (
     check_storage,
     dtype_name,
 )
-from ..nn import FusedQLoRALinear, PackedWeight
+from ..nn import FusedQLoRALinear
+from ..packed import PackedWeight
 from .bnb_config import BnbConfig, is_4bit
 from .merge import merge_dense
 
@@ -218,7 +219,7 @@ class QLoRAQuantizer(HfQuantizer):
         """The layer that takes the place of a dense one."""
         compute_dtype = self.quantization_config.compute_dtype
         if self.own_layers:
-            return FusedQLoRALinear._build(qw, bias, compute_dtype, None, training)
+            return FusedQLoRALinear.from_quantized(qw, bias, compute_dtype, training=training)
         from .bitsandbytes import FusedLinear4bit
 
         return FusedLinear4bit.from_quantized(qw, bias, compute_dtype, training)
@@ -252,7 +253,8 @@ class QLoRAQuantizer(HfQuantizer):
             add_default_skips=not self.pre_quantized,
         )
         for name, module in model.named_modules():
-            if isinstance(module, (nn.Linear, Conv1D)) and not _stays_dense(name, skip):
+            # as bitsandbytes does; a subclass may compute something else, or be read by its owner, as in nn.MultiheadAttention
+            if type(module) in (nn.Linear, Conv1D) and not _stays_dense(name, skip):
                 if not self.pre_quantized:
                     check_storage(config.quant_storage, module.weight.numel())
                 self.targets.add(name)
@@ -280,7 +282,7 @@ class QLoRAQuantizer(HfQuantizer):
         for name, qw in self.loaded.items():
             layer = model.get_submodule(name)
             if isinstance(layer, FusedQLoRALinear):  # transformers put empty tensors in the place of its buffers
-                layer._set_weight(qw)
+                layer.set_weight(qw)
         loaded = set(self.loaded)
         self.loaded.clear()
         ours = getattr(model, "_weight_conversions", None) or []

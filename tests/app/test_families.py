@@ -6,8 +6,9 @@ import torch
 from conftest import assert_same_bits
 from tiny_folder import chats, make_folder, make_tokenizer, save_with_tokenizer, write_jsonl
 
-import lora_kernels as lk
 from lora_kernels.model import fused_layers
+from lora_kernels.report import verify
+from lora_kernels.requirements import installed
 
 for package in ("transformers", "rich"):
     pytest.importorskip(package)
@@ -24,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 SIZES = {
     "vocab_size": 320,
     "hidden_size": 64,
-    "intermediate_size": 96,
+    "intermediate_size": 128,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "max_position_embeddings": 128,
@@ -34,8 +35,8 @@ SIZES = {
 }
 GROUPED = SIZES | {"num_key_value_heads": 2}
 HEADS = {"head_dim": 16}
-LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16}
-IMAGES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28}
+LATENT = {"q_lora_rank": 64, "kv_lora_rank": 64, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16}
+IMAGES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28}
 MROPE = {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4}}
 
 FAMILIES = {
@@ -53,7 +54,7 @@ FAMILIES = {
         topk_group=1, first_k_dense_replace=1,
     ),
     "gpt_neox": lambda: hf.GPTNeoXConfig(**SIZES),
-    "gpt2": lambda: hf.GPT2Config(vocab_size=320, n_positions=128, n_embd=64, n_layer=2, n_head=4, bos_token_id=None, eos_token_id=0),
+    "gpt2": lambda: hf.GPT2Config(vocab_size=320, n_positions=128, n_embd=64, n_layer=2, n_head=4, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, bos_token_id=None, eos_token_id=0),
     "hrm_text": lambda: hf.HrmTextConfig(**GROUPED, **HEADS),
     "gemma3": lambda: hf.Gemma3Config(
         text_config=GROUPED | HEADS, vision_config=IMAGES | {"patch_size": 14}, mm_tokens_per_image=4
@@ -62,14 +63,17 @@ FAMILIES = {
         text_config=hf.LlamaConfig(**GROUPED), vision_config=hf.CLIPVisionConfig(**IMAGES, patch_size=14), image_token_index=5
     ),
     "qwen2_vl": lambda: hf.Qwen2VLConfig(
-        text_config=GROUPED | MROPE, vision_config={"depth": 1, "embed_dim": 32, "hidden_size": 64, "num_heads": 2}
+        text_config=GROUPED | MROPE, vision_config={"depth": 1, "embed_dim": 64, "hidden_size": 64, "num_heads": 2}
     ),
 }  # fmt: skip
 
 
+IDS = torch.arange(6, 36).reshape(3, 10)
+
+
+@torch.no_grad()
 def logits(model):
-    with torch.no_grad():
-        return model.eval()(input_ids=torch.arange(6, 36).reshape(3, 10)).logits
+    return model.eval()(input_ids=IDS).logits
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -92,10 +96,14 @@ def test_from_dense_to_merged(family, tmp_path):
     assert fused_layers(model).keys() == fused_layers(in_memory).keys()
     assert len(fused_layers(model)) > 6
     assert_same_bits(logits(model), logits(in_memory))
-    assert not lk.verify(model, exclude_modules=()).rows == ()
+    assert {row.name for row in verify(model).rows if row.quant_type} == set(fused_layers(model))
+    if installed("bitsandbytes"):
+        stock = maker.from_pretrained(tmp_path / "q", dtype=torch.float32).train()
+        torch.testing.assert_close(stock(input_ids=IDS).logits, logits(model), rtol=1e-4, atol=1e-4)
 
     run = tmp_path / "run"
     settings = Settings(str(tmp_path / "q"), str(write_jsonl(tmp_path / "data.jsonl", chats(8))), str(run), max_steps=2)
+
     result = finetune(settings, console=Console(quiet=True))
     assert result.log["steps"] == 2
     tuned, tokenizer, how = load_with_adapter(str(tmp_path / "q"), run, torch.float32)
