@@ -1,9 +1,12 @@
 """What the commands do, on a tiny model of each kind whose folders transformers reads in a way of its own: experts joined, keys
 renamed, weights joined, images beside text."""
 
+import json
+
 import pytest
 import torch
 from conftest import assert_same_bits
+from safetensors.torch import load_file, save_file
 from tiny_folder import chats, make_folder, make_tokenizer, save_with_tokenizer, write_jsonl
 
 from lora_kernels.model import fused_layers
@@ -37,6 +40,7 @@ GROUPED = SIZES | {"num_key_value_heads": 2}
 HEADS = {"head_dim": 16}
 LATENT = {"q_lora_rank": 64, "kv_lora_rank": 64, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16}
 IMAGES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28}
+NO_DROPOUT = {"resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}
 MROPE = {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4}}
 
 FAMILIES = {
@@ -50,11 +54,13 @@ FAMILIES = {
         **GROUPED, **HEADS, num_local_experts=4, block_size=16, layer_types=["full_attention", "linear_attention"]
     ),
     "deepseek_v2": lambda: hf.DeepseekV2Config(
-        **SIZES, **LATENT, num_key_value_heads=4, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, n_group=1,
-        topk_group=1, first_k_dense_replace=1,
+        **SIZES, **LATENT, num_key_value_heads=4, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=32,
+        n_group=1, topk_group=1, first_k_dense_replace=1,
     ),
     "gpt_neox": lambda: hf.GPTNeoXConfig(**SIZES),
-    "gpt2": lambda: hf.GPT2Config(vocab_size=320, n_positions=128, n_embd=64, n_layer=2, n_head=4, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, bos_token_id=None, eos_token_id=0),
+    "gpt2": lambda: hf.GPT2Config(
+        vocab_size=320, n_positions=128, n_embd=64, n_layer=2, n_head=4, **NO_DROPOUT, bos_token_id=None, eos_token_id=0
+    ),
     "hrm_text": lambda: hf.HrmTextConfig(**GROUPED, **HEADS),
     "gemma3": lambda: hf.Gemma3Config(
         text_config=GROUPED | HEADS, vision_config=IMAGES | {"patch_size": 14}, mm_tokens_per_image=4
@@ -118,3 +124,31 @@ def test_from_dense_to_merged(family, tmp_path):
     torch.testing.assert_close(logits(merged), want, rtol=1e-4, atol=1e-4)
     stock = maker.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     assert_same_bits(logits(stock), logits(merged))
+
+
+def store_in_shards(folder):
+    """model.safetensors in three files with an index, as a large model comes."""
+    tensors = load_file(folder / "model.safetensors")
+    where = {name: f"model-{i % 3 + 1:05}-of-00003.safetensors" for i, name in enumerate(tensors)}
+    for file in set(where.values()):
+        save_file({n: t for n, t in tensors.items() if where[n] == file}, folder / file, metadata={"format": "pt"})
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    (folder / "model.safetensors").unlink()
+
+
+def store_for_torch(folder):
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+@pytest.mark.parametrize("store", [store_in_shards, store_for_torch])
+def test_ways_to_store(store, tmp_path):
+    """Dense and in 4 bits, in several files and in torch's own."""
+    make_folder(tmp_path / "dense")
+    in_memory, tokenizer, _ = load_quantized(tmp_path / "dense")
+    save_quantized(in_memory, tokenizer, tmp_path / "q")
+    for name in ("dense", "q"):
+        store(tmp_path / name)
+        model, _, already = load_quantized(tmp_path / name)
+        assert already == (name == "q")
+        assert_same_bits(logits(model), logits(in_memory))

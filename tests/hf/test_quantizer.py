@@ -5,13 +5,16 @@ import ctypes
 import gc
 import json
 import re
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_same_bits, assert_same_state, edit_json, model_bytes, tiny_llama
+from conftest import HANG, assert_same_bits, assert_same_state, edit_json, model_bytes, tiny_llama
 from safetensors.torch import load_file, save_file
+from tiny_folder import make_tokenizer
 from torch import nn
 
 import lora_kernels as lk
@@ -22,6 +25,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig  # noqa: E402
 
 from lora_kernels.integrations import quantizer  # noqa: E402
 from lora_kernels.integrations.bitsandbytes import FusedLinear4bit  # noqa: E402
+from lora_kernels.requirements import installed  # noqa: E402
 
 FP32, BF16 = torch.float32, torch.bfloat16
 IDS = torch.arange(36).reshape(2, 18) * 7 % 96
@@ -32,7 +36,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def kind(request, monkeypatch):
     """With bitsandbytes, and as where it is not installed."""
     if request.param == "own":
-        monkeypatch.setattr(quantizer, "FusedLinear4bit", None)
+        monkeypatch.setattr(quantizer, "installed", lambda name: None if name == "bitsandbytes" else installed(name))
     return request.param
 
 
@@ -137,6 +141,46 @@ def test_other_blocksizes_load_in_bitsandbytes(dense, tmp_path):
         if isinstance(m, FusedLinear4bit):
             m.compute_dtype = FP32  # config.json names bfloat16, which bitsandbytes goes by
     assert_same_bits(logits(ours), logits(load(tmp_path / "a", dtype=FP32)))
+
+
+def test_own_layers(dense, tmp_path):
+    """Layers that take our adapters, though bitsandbytes is there; config.json says nothing of it."""
+    model = load(dense, lk.QLoRAQuantConfig(own_layers=True), dtype=BF16)
+    assert {type(model.get_submodule(name)) for name in weights(model)} == {lk.FusedQLoRALinear}
+    model.save_pretrained(tmp_path / "own")
+    load(dense, dtype=BF16).save_pretrained(tmp_path / "theirs")
+    for file in ("model.safetensors", "config.json"):
+        assert (tmp_path / "own" / file).read_bytes() == (tmp_path / "theirs" / file).read_bytes()
+    again = load(tmp_path / "own", lk.QLoRAQuantConfig(own_layers=True), dtype=BF16)
+    assert {type(again.get_submodule(name)) for name in weights(again)} == {lk.FusedQLoRALinear}
+    assert_same_bits(logits(again), logits(model))
+
+
+def test_without_bitsandbytes_and_peft(dense, tmp_path):
+    """In a process that has neither, for the two ways in: `QLoRAQuantConfig` and the command line's loader."""
+    load(dense, dtype=BF16).save_pretrained(tmp_path / "q")
+    make_tokenizer().save_pretrained(tmp_path / "q")
+    code = f"""
+import importlib.metadata, sys
+version = importlib.metadata.version
+def hidden(name):
+    if name in ("bitsandbytes", "peft"):
+        raise importlib.metadata.PackageNotFoundError(name)
+    return version(name)
+importlib.metadata.version = hidden
+sys.modules |= {{"bitsandbytes": None, "peft": None}}
+import lora_kernels as lk, torch
+from lora_kernels.app.load import load_model
+from transformers import AutoModelForCausalLM
+models = [load_model({str(tmp_path / "q")!r})[0]]
+for path in ({str(dense)!r}, {str(tmp_path / "q")!r}):
+    models.append(AutoModelForCausalLM.from_pretrained(path, quantization_config=lk.QLoRAQuantConfig()))
+for model in models:
+    assert len(lk.verify(model, strict=True).fused) == 14
+    lk.merge_dense(model)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=HANG)
+    assert done.returncode == 0, done.stderr
 
 
 def test_skipped_modules(kind, dense, tmp_path):
