@@ -276,7 +276,7 @@ def test_peft_and_kbit_preparation(kind, dense):
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
-def test_peak_memory_is_near_the_4_bit_size(tmp_path):
+def test_peak_memory_is_near_the_4_bit_size(kind, tmp_path):
     """Anonymous memory while loading stays below half of the dense model: it is never there as a whole."""
     config = transformers.LlamaConfig(
         vocab_size=64,
