@@ -275,7 +275,7 @@ def quantize(
     check_quant_type(quant_type)
     check_blocksize(blocksize)
     check_new_folder(out)
-    quant = {"quant_type": quant_type, "blocksize": blocksize, "double_quant": double_quant}
+    quant: dict[str, Any] = {"quant_type": quant_type, "blocksize": blocksize, "double_quant": double_quant}
     loaded, tokenizer, already = load_quantized(model, **quant)
     if already:
         raise ValueError(f"MODEL {model} is in 4 bits already")

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from .. import processes
 from ..adapter_files import CONFIG, WEIGHTS, save_adapter, writing
+from ..integrations.bnb_config import BnbConfig
+from ..integrations.merge import merge_dense
 from ..model import fused_layers
 
 LOG, CURVE, CHECKPOINTS = "log.json", "loss.png", "checkpoints"
@@ -39,7 +41,6 @@ def save_quantized(model: Any, tokenizer: Any, out: str | os.PathLike[str]) -> N
     """
     from transformers.pytorch_utils import Conv1D
 
-    from ..integrations.bnb_config import BnbConfig
     from ..integrations.quantizer import forget_conversions
 
     layers = fused_layers(model)
@@ -74,8 +75,6 @@ def save_merged(model: Any, tokenizer: Any, out: str | os.PathLike[str], dtype: 
     Raises:
         ValueError: `out` exists.
     """
-    from ..integrations.merge import merge_dense
-
     dense = merge_dense(model, dtype) if fused_layers(model) else model.to(dtype)
     save_model(dense, tokenizer, out)
 

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from ..adapter_files import CONFIG, load_adapter
+from ..integrations.bnb_config import is_4bit
 from ..model import apply_qlora, check_patterns, fused_layers, matches
 from ..nn import AdapterConfig
 from ..requirements import require
@@ -148,10 +149,10 @@ def _load(model: str, dtype: torch.dtype | None, quant: dict[str, Any] | None) -
     already = _is_4bit(stored, where)
     with _errors(f"MODEL {path} has no tokenizer that transformers can read" if options else unreadable):
         tokenizer = AutoTokenizer.from_pretrained(where, **options)
+    if already:  # in a format of its own
+        quant, dtype = quant or {}, dtype or config.dtype or torch.float32
     with _errors(unreadable):
-        if already:
-            dtype = dtype or config.dtype or torch.float32
-        return _from_pretrained(where, config, dtype, (quant or {}) if already else quant, options), tokenizer, already
+        return _from_pretrained(where, config, dtype, quant, options), tokenizer, already
 
 
 def _from_pretrained(
@@ -195,8 +196,6 @@ def _is_4bit(stored: dict[str, Any], where: str) -> bool:
     """Whether a model is stored in bitsandbytes' 4-bit format; raises ValueError if it is in any other but a dense one."""
     if not stored:
         return False
-    from ..integrations.bnb_config import is_4bit
-
     if not is_4bit(stored):
         method = f"{stored.get('quant_method')!r}, load_in_4bit={bool(stored.get('load_in_4bit'))}"
         raise ValueError(f"MODEL {where} is quantized ({method}); only dense weights and bitsandbytes' 4-bit format are read")
