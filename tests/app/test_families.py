@@ -152,3 +152,37 @@ def test_ways_to_store(store, tmp_path):
         model, _, already = load_quantized(tmp_path / name)
         assert already == (name == "q")
         assert_same_bits(logits(model), logits(in_memory))
+
+
+def test_gguf(tmp_path):
+    """Read by transformers in 16 bits, quantized then; the folder that is written holds the same."""
+    gguf = pytest.importorskip("gguf")
+    fast = make_tokenizer().backend_tokenizer
+    bpe = json.loads(fast.to_str())["model"]
+    tokens = sorted(bpe["vocab"], key=bpe["vocab"].get)
+    writer = gguf.GGUFWriter(tmp_path / "tiny.gguf", "llama")
+    for name, value in {
+        "block_count": 1, "context_length": 128, "embedding_length": 64, "feed_forward_length": 128, "head_count": 4,
+        "head_count_kv": 4, "layer_norm_rms_eps": 1e-5, "rope_dimension_count": 16, "rope_freq_base": 1e4,
+        "vocab_size": len(tokens), "tokenizer_model": "gpt2", "token_list": tokens, "token_types": [1] * len(tokens),
+        "token_merges": [" ".join(pair) for pair in bpe["merges"]], "bos_token_id": 0, "eos_token_id": 0,
+    }.items():  # fmt: skip
+        getattr(writer, f"add_{name}")(value)
+    square, wide, tall = (64, 64), (128, 64), (64, 128)
+    shapes = {f"blk.0.attn_{part}": square for part in ("q", "k", "v", "output")}
+    shapes |= {"blk.0.ffn_gate": wide, "blk.0.ffn_up": wide, "blk.0.ffn_down": tall, "token_embd": (len(tokens), 64)}
+    shapes |= dict.fromkeys(("blk.0.attn_norm", "blk.0.ffn_norm", "output_norm"), (64,))
+    for name, shape in shapes.items():
+        writer.add_tensor(f"{name}.weight", torch.randn(shape).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+    in_memory, tokenizer, already = load_quantized(tmp_path / "tiny.gguf", torch.float32)
+    assert not already
+    assert len(fused_layers(in_memory)) == 7
+    save_quantized(in_memory, tokenizer, tmp_path / "q")
+    model, _, already = load_quantized(tmp_path / "q")
+    assert already
+    assert_same_bits(logits(model), logits(in_memory))
