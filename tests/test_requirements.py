@@ -66,7 +66,8 @@ def test_an_old_bitsandbytes_is_not_taken_for_none():
     """The loader of models of transformers would give other layers without it."""
     out = python(
         "import sys, torch, types\nsys.modules['bitsandbytes'] = types.SimpleNamespace(__version__='0.0.1')\n"
-        "try:\n    import lora_kernels.integrations.quantizer\nexcept ImportError as e:\n    print(e)"
+        "from lora_kernels.integrations.quantizer import QLoRAQuantConfig, QLoRAQuantizer\n"
+        "try:\n    QLoRAQuantizer(QLoRAQuantConfig()).validate_environment()\nexcept ImportError as e:\n    print(e)"
     )
     assert "needs bitsandbytes 0.50.2 or newer, found 0.0.1" in out
 

@@ -225,6 +225,8 @@ class QLoRAQuantizer(HfQuantizer):
         return FusedLinear4bit.from_quantized(qw, bias, compute_dtype, training)
 
     def validate_environment(self, device_map: Any = None, **kwargs: Any) -> None:
+        if not self.own_layers:
+            require("bitsandbytes", "lora_kernels.QLoRAQuantConfig")
         if is_deepspeed_zero3_enabled():
             raise ValueError(
                 "ZeRO-3 can't shard 4-bit weights: use FSDP2, or ZeRO-2 or DDP with the 4-bit model on each device"
@@ -270,6 +272,12 @@ class QLoRAQuantizer(HfQuantizer):
             _load_uncast(model, self.targets)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        for name in self.targets:
+            module = model.get_submodule(name)
+            if type(module) is nn.Linear and tuple(module.weight.shape) != (module.out_features, module.in_features):
+                self.problems.append(
+                    f"{name}.weight is {list(module.weight.shape)}: the parts of a 4-bit weight were not found"
+                )
         if self.problems:
             listed = "; ".join(self.problems[:5]) + (f"; and {len(self.problems) - 5} more" if len(self.problems) > 5 else "")
             raise ValueError(f"the model was not loaded: {listed}")

@@ -22,6 +22,7 @@ from lora_kernels.app.finetune import Settings, finetune  # noqa: E402
 from lora_kernels.app.folders import save_merged, save_quantized  # noqa: E402
 from lora_kernels.app.generate import answer  # noqa: E402
 from lora_kernels.app.load import load_model, load_quantized, load_with_adapter  # noqa: E402
+from lora_kernels.integrations import quantizer  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -124,6 +125,18 @@ def test_from_dense_to_merged(family, tmp_path):
     torch.testing.assert_close(logits(merged), want, rtol=1e-4, atol=1e-4)
     stock = maker.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     assert_same_bits(logits(stock), logits(merged))
+
+
+def test_joined_bytes_are_refused(tmp_path, monkeypatch):
+    """What a folder would hold if `save_pretrained` joined packed weights as it joins dense ones."""
+    torch.manual_seed(0)
+    original = hf.AutoModelForCausalLM.from_config(FAMILIES["hrm_text"](), dtype=torch.float32)
+    save_with_tokenizer(original, make_tokenizer(), tmp_path / "dense")
+    monkeypatch.setattr(quantizer, "forget_conversions", lambda *_: None)
+    model, tokenizer, _ = load_quantized(tmp_path / "dense")
+    save_quantized(model, tokenizer, tmp_path / "q")
+    with pytest.raises(ValueError, match=r"q can't be loaded: .*\.weight is \[\d+, 1\]: the parts of a 4-bit weight were not"):
+        load_quantized(tmp_path / "q")
 
 
 def store_in_shards(folder):
