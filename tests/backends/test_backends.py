@@ -111,19 +111,6 @@ def test_unknown_names(monkeypatch):
     assert backends.forced() is None
 
 
-def test_native_codebooks_are_ours():
-    native = backends.load("native")
-    if reason := native.unavailable(CPU):
-        pytest.skip(reason)
-    from conftest import assert_same_bits
-
-    from lora_kernels.formats import codebook
-
-    for quant_type in ("nf4", "fp4"):
-        table = torch.as_tensor(native.extension().codebook(quant_type), dtype=torch.float32)
-        assert_same_bits(table, codebook(quant_type), quant_type)
-
-
 ISA_CHECK = """
 import sys, json, torch
 import lora_kernels as lk

@@ -92,8 +92,8 @@ def test_table_of_byte_permutations(probe, dtype, quant_type):
     n = words.shape[0]
     scales = (torch.rand(n) + 0.5) * 2.0 ** torch.randint(-30, 15, (n,)) * torch.tensor([1.0, -1.0])[torch.randint(2, (n,))]
     out = torch.empty(n, 8, dtype=dtype)
-    pointers = [ctypes.c_void_p(t.data_ptr()) for t in (words, scales, out)]
-    probe.library.probe_decode(dtype == torch.float16, quant_type == "nf4", n, *pointers)
+    code, *pointers = (ctypes.c_void_p(t.data_ptr()) for t in (codebook(quant_type), words, scales, out))
+    probe.library.probe_decode(dtype == torch.float16, code, n, *pointers)
     codes = torch.stack([words >> 4, words & 15], dim=2).view(n, 8).long()
     assert_same_bits(out, (codebook(quant_type)[codes] * scales[:, None]).to(dtype))
 
@@ -172,7 +172,7 @@ def test_quantize_refuses_what_is_not_finite(value, dtype):
             cuda.quantize(weight, "nf4", 64, False)
 
 
-# ---- decoded panels and the library's product, as csrc/bindings.cpp joins them for many rows
+# ---- decoded panels and the library's product, as csrc/panels.cpp joins them for many rows
 
 
 def test_panels():

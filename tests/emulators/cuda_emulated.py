@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_kernels.formats import DYNAMIC_MAP, QuantizedWeight
+from lora_kernels.formats import DYNAMIC_MAP, QuantizedWeight, format_of
 
 ROOT = Path(__file__).parents[2]
 CXX = os.environ.get("CXX") or shutil.which("g++") or "c++"
@@ -44,7 +44,7 @@ EMULATOR = ROOT / "tests/emulators/cuda_emulator"
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    lib = build([*sorted(ROOT.glob("csrc/cuda/*.cu")), EMULATOR / "harness.cpp"])
+    lib = build([*sorted(ROOT.glob("csrc/cuda/*.cu")), ROOT / "csrc/formats.cpp", EMULATOR / "harness.cpp"])
     lib.emulator_error.restype = ctypes.c_char_p
     return lib
 
@@ -87,7 +87,7 @@ class WeightArguments(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("packed", "absmax", "absmax_u8", "absmax2", "code2", "offset")),
         *((name, ctypes.c_int64) for name in ("N", "K", "blocksize")),
-        ("nf4", ctypes.c_int),
+        ("quant_type", ctypes.c_char_p),
     )
 
 
@@ -124,6 +124,15 @@ def pointer(t: Tensor | None) -> int | None:
     return None if t is None else t.data_ptr()
 
 
+def defined(quant_type: str) -> bytes:
+    """The name of a format, which the library has been told."""
+    what = format_of(quant_type)
+    arrays = (ctypes.c_float * 16)(*what.code), (ctypes.c_uint8 * 16)(*what.order)
+    sizes = (ctypes.c_int64 * len(what.blocksizes))(*what.blocksizes)
+    call("define_format", quant_type.encode(), *arrays, sizes, ctypes.c_int(len(sizes)))
+    return quant_type.encode()
+
+
 def weight_arguments(qw: QuantizedWeight, shape: tuple[int, int] | None = None) -> WeightArguments:
     N, K = shape or (1, qw.numel)
     return WeightArguments(
@@ -136,7 +145,7 @@ def weight_arguments(qw: QuantizedWeight, shape: tuple[int, int] | None = None) 
         N,
         K,
         qw.blocksize,
-        qw.quant_type == "nf4",
+        defined(qw.quant_type),
     )
 
 
@@ -153,7 +162,7 @@ def quantize(weight: Tensor, quant_type: str, blocksize: int, double_quant: bool
     n = weight.numel()
     packed, absmax = torch.empty((n + 1) // 2, dtype=torch.uint8), torch.empty(-(n // -blocksize))
     bad = torch.zeros(1, dtype=torch.int32)
-    call("quantize", weight.contiguous(), DTYPES[weight.dtype], n, quant_type == "nf4", blocksize, packed, absmax, bad)
+    call("quantize", weight.contiguous(), DTYPES[weight.dtype], n, defined(quant_type), blocksize, packed, absmax, bad)
     if bad:
         raise ValueError("weight contains NaN or infinity")
     if not double_quant:
@@ -167,7 +176,7 @@ def quantize(weight: Tensor, quant_type: str, blocksize: int, double_quant: bool
 def decode_absmax(absmax: Tensor, absmax2: Tensor, code2: Tensor, offset: Tensor) -> Tensor:
     out = torch.empty(absmax.numel())
     arguments = (pointer(t) for t in (absmax, absmax2, code2, offset))
-    call("decode_absmax", WeightArguments(None, None, *arguments, 1, absmax.numel(), 1, True), out)
+    call("decode_absmax", WeightArguments(None, None, *arguments, 1, absmax.numel(), 1, None), out)
     return out
 
 
