@@ -256,7 +256,9 @@ class Build(build_ext):
         shared_library = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
         objects = Objects(ROOT / "build" / f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}")
         levels = {CSRC / "cpu" / "levels" / f"{level}.cpp": flags for level, flags in LEVEL_FLAGS.items()}
-        shared = objects.add([p for p in sorted((CSRC / "cpu").rglob("*.cpp")) if p not in levels], [*plain, *openmp, *extra], ".")
+        shared = objects.add(
+            [p for p in sorted((CSRC / "cpu").rglob("*.cpp")) if p not in levels], [*plain, *openmp, *extra], "."
+        )
         for source, flags in levels.items() if ON_X86 else ():
             shared += objects.add([source], [*plain, *flags, *extra], ".")
         libraries, library_dirs, macros = ["c10", "torch", "torch_cpu", "torch_python"], [], []

@@ -177,11 +177,9 @@ def test_quantize_refuses_what_is_not_finite(value, dtype):
 
 def test_panels():
     inputs = testing.make_inputs(testing.Case(40, 130, 100, r=9, bias=True, dropout=0.2, dtype=torch.float16, blocksize=256))
-    layer = (inputs.qw, inputs.lora_A, inputs.lora_B, 2.0)
-    y, h = cuda.qlora_linear(inputs.x, *layer, inputs.bias, 0.2, inputs.seed, product=False)
-    needs = (True, True, True, True)
-    arguments = (inputs.dy, inputs.x, h, *layer, 0.2, inputs.seed, needs)
-    dx, dA, dB, dbias = cuda.qlora_linear_backward(*arguments, product=False)
+    (y,), (h,) = cuda.qlora_linear(inputs.x, [inputs.layer], product=False)
+    arguments = ([inputs.dy], inputs.x, [h], [inputs.layer], True, [(True, True, True)])
+    dx, (dA,), (dB,), (dbias,) = cuda.qlora_linear_backward(*arguments, product=False)
     K = inputs.qw.shape[1]
     for begin in range(0, 130, 32):
         end = min(130, begin + 32)

@@ -13,6 +13,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels.formats import DYNAMIC_MAP, QuantizedWeight, format_of
+from lora_kernels.layer import Layer
 
 ROOT = Path(__file__).parents[2]
 CXX = os.environ.get("CXX") or shutil.which("g++") or "c++"
@@ -149,10 +151,12 @@ def weight_arguments(qw: QuantizedWeight, shape: tuple[int, int] | None = None) 
     )
 
 
-def adapter_arguments(A: Tensor | None, B: Tensor | None, scaling: float, p: float, seed: Tensor | None) -> AdapterArguments:
+def adapter_arguments(layer: Layer) -> AdapterArguments:
+    A, B = layer.lora_A, layer.lora_B
     if A is None or B is None:
-        return AdapterArguments(None, None, 0, 0, 0, scaling, 0.0, None)
-    return AdapterArguments(pointer(A), pointer(B), DTYPES[A.dtype], DTYPES[B.dtype], A.shape[0], scaling, p, pointer(seed))
+        return AdapterArguments(None, None, 0, 0, 0, layer.scaling, 0.0, None)
+    dtypes, dropout = (DTYPES[A.dtype], DTYPES[B.dtype]), (layer.dropout_p, pointer(layer.seed))
+    return AdapterArguments(pointer(A), pointer(B), *dtypes, layer.r, layer.scaling, *dropout)
 
 
 # ---- the ops
@@ -187,48 +191,42 @@ def dequantize(qw: QuantizedWeight, dtype: torch.dtype, begin: int = 0, end: int
     return out.view(qw.shape) if out.numel() == qw.numel else out
 
 
-def qlora_linear(
-    x: Tensor,
-    qw: QuantizedWeight,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
-    scaling: float,
-    bias: Tensor | None,
-    dropout_p: float,
-    seed: Tensor | None,
-    product: bool = True,
-) -> tuple[Tensor, Tensor]:
-    (M, K), N, r = x.shape, qw.shape[0], 0 if lora_A is None else lora_A.shape[0]
-    y, h = x.new_empty(M, N), x.new_empty(M, r)
-    adapter = adapter_arguments(lora_A, lora_B, scaling, dropout_p, seed)
-    bias_dtype = 0 if bias is None else DTYPES[bias.dtype]
-    call("qlora_linear", DTYPES[x.dtype], M, x, weight_arguments(qw, (N, K)), adapter, bias, bias_dtype, y, h, product)
-    return y, h
+def qlora_linear(x: Tensor, layers: Sequence[Layer], product: bool = True) -> tuple[list[Tensor], list[Tensor]]:
+    """`product`: False leaves x Wᵀ to the caller."""
+    ys, hs = [], []
+    for one in layers:
+        (M, K), N, bias = x.shape, one.shape[0], one.bias
+        y, h = x.new_empty(M, N), x.new_empty(M, one.r)
+        bias_dtype = 0 if bias is None else DTYPES[bias.dtype]
+        arguments = (weight_arguments(one.weight, (N, K)), adapter_arguments(one), bias, bias_dtype)
+        call("qlora_linear", DTYPES[x.dtype], M, x, *arguments, y, h, product)
+        ys.append(y)
+        hs.append(h)
+    return ys, hs
 
 
 def qlora_linear_backward(
-    dy: Tensor,
+    dys: Sequence[Tensor],
     x: Tensor | None,
-    h: Tensor | None,
-    qw: QuantizedWeight,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
-    scaling: float,
-    dropout_p: float,
-    seed: Tensor | None,
-    needs: tuple[bool, bool, bool, bool],
-    dx: Tensor | None = None,
+    hs: Sequence[Tensor | None],
+    layers: Sequence[Layer],
+    need_dx: bool,
+    needs: Sequence[tuple[bool, bool, bool]],
     product: bool = True,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """`dx`, if given, is float32 and is added to."""
-    (M, N), K = dy.shape, qw.shape[1]
-    accumulate = dx is not None
-    if needs[0] and dx is None:
-        dx = dy.new_empty(M, K)
-    dA = torch.empty_like(lora_A) if needs[1] and lora_A is not None else None
-    dB = torch.empty_like(lora_B) if needs[2] and lora_B is not None else None
-    dbias = torch.empty(N) if needs[3] else None
-    adapter = adapter_arguments(lora_A, lora_B, scaling, dropout_p, seed)
-    arguments = (M, dy, x, h, weight_arguments(qw, (N, K)), adapter, accumulate, dx, dA, dB, dbias, product)
-    call("qlora_linear_backward", DTYPES[dy.dtype], *arguments)
-    return dx, dA, dB, dbias
+) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None], list[Tensor | None]]:
+    """`product`: False leaves dy W to the caller.  dx of several layers is summed in float32, as csrc/host.cpp has it."""
+    (M, _), K, several = dys[0].shape, layers[0].shape[1], len(layers) > 1
+    dx = None
+    if need_dx:
+        dx = torch.zeros(M, K) if several else dys[0].new_empty(M, K)
+    dAs, dBs, dbiases = [], [], []
+    for dy, h, one, (need_dA, need_dB, need_dbias) in zip(dys, hs, layers, needs, strict=True):
+        dA = torch.empty_like(one.lora_A) if need_dA and one.lora_A is not None else None
+        dB = torch.empty_like(one.lora_B) if need_dB and one.lora_B is not None else None
+        dbias = torch.empty(one.shape[0]) if need_dbias else None
+        arguments = (M, dy, x, h, weight_arguments(one.weight, one.shape), adapter_arguments(one))
+        call("qlora_linear_backward", DTYPES[dy.dtype], *arguments, several, dx, dA, dB, dbias, product)
+        dAs.append(dA)
+        dBs.append(dB)
+        dbiases.append(dbias)
+    return dx if dx is None else dx.to(dys[0].dtype), dAs, dBs, dbiases
