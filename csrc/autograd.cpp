@@ -154,9 +154,7 @@ class QLoRALinear : public torch::autograd::Function<QLoRALinear> {
 }  // namespace
 
 std::optional<std::vector<Tensor>> qlora_linear_autograd(Tensor x, std::vector<Layer> layers) {
-  if (contract::is_watched()) return std::nullopt;
-  for (const Layer& l : layers)
-    if (!contract::check_qlora_linear(x, l)) return std::nullopt;
+  if (contract::is_watched() || !contract::check_qlora_linear(x, layers)) return std::nullopt;
   RECORD_FUNCTION("lora_kernels::qlora_linear", std::vector<c10::IValue>());
   if (at::autocast::is_autocast_enabled(at::kCPU)) x = x.to(at::autocast::get_autocast_dtype(at::kCPU));
   for (Layer& l : layers)

@@ -9,6 +9,7 @@
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 
 #include <cmath>
+#include <vector>
 
 #include "layer.h"
 
@@ -73,9 +74,13 @@ inline bool check_lora(const Layer& l) {
   return l.dropout_p == 0 || !l.seed || holds(l.seed, at::kLong, 1);
 }
 
-// ops.check_qlora_linear of one of its layers
-inline bool check_qlora_linear(const Tensor& x, const Layer& l) {
-  return check_input(x, l) && check_lora(l) && (!l.bias || check_parameter(*l.bias, {l.shape[0]}));
+// ops.check_qlora_linear
+inline bool check_qlora_linear(const Tensor& x, const std::vector<Layer>& layers) {
+  for (const Layer& l : layers) {
+    if (!check_input(x, l) || !check_lora(l)) return false;
+    if (l.bias && !check_parameter(*l.bias, {l.shape[0]})) return false;
+  }
+  return !layers.empty();
 }
 
 }  // namespace lora_kernels::contract
