@@ -127,8 +127,8 @@ struct Product {
       s.load_row(gemm, row + i, n, dst);
     }
   }
-  // Where a tile that `pack_tile` wrote at `data`, of `steps` steps, has its operand for the steps from `step` on: row-major,
-  // or the rows side by side, as the kernels of a level want it.
+  // What `pack_tile` wrote at `data`, a tile of `steps` steps, as an operand that begins at `step`.  A row-major tile has its
+  // rows one after the other, the other kind its steps.
   Strided packed_tile(const uint32_t* data, int rows, int64_t steps, int64_t step) const {
     return gemm.row_major ? Strided{data + step, steps, 1} : Strided{data + step * rows, 1, rows};
   }
