@@ -13,8 +13,6 @@ from typing import Any
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
 pytest.importorskip("typer")
 pytest.importorskip("matplotlib")
 

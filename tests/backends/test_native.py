@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import HANG
+from helpers import HANG
 
 from lora_kernels import quantize, testing
 from lora_kernels.backends import native, reference

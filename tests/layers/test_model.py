@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import CPU, assert_same_bits, assert_same_state, model_bytes, same_weight, tiny_llama
+from helpers import CPU, LEAVES, assert_same_bits, assert_same_state, bnb_llama, model_bytes, same_weight, tiny_llama
 from torch import nn
 
 import lora_kernels as lk
@@ -13,8 +13,6 @@ from lora_kernels.model import fused_layers
 from lora_kernels.testing import relative_error
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-LEAVES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def unchanged(model, before):
@@ -180,20 +178,6 @@ def test_peft_model_is_refused():
     model = peft.get_peft_model(tiny_llama(), peft.LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(ValueError, match=r"carries PEFT adapters.*before get_peft_model"):
         lk.apply_qlora(model)
-
-
-def bnb_llama(seed=0, dtype=torch.float32, quant_type="nf4", layers=2):
-    """A random Llama whose linear layers but lm_head are bitsandbytes' with double quantization, in training mode: in eval
-    mode bitsandbytes repacks them on the CPU at the first forward pass."""
-    from test_formats import bnb_linear
-
-    model = tiny_llama(seed, dtype, layers=layers)
-    for name, module in list(model.named_modules()):
-        if type(module) is nn.Linear and name != "lm_head":
-            linear = bnb_linear(module.weight.data, quant_type=quant_type)
-            linear.compute_dtype, linear.compute_type_is_set = dtype, True
-            model.set_submodule(name, linear)
-    return model.train()
 
 
 def test_bitsandbytes_model():

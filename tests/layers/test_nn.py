@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from conftest import assert_same_bits, assert_same_state, model_bytes, same_weight
+from helpers import assert_same_bits, assert_same_state, bnb_linear, model_bytes, same_weight
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -99,8 +99,6 @@ def test_from_linear(dtype):
 
 def test_from_bitsandbytes_shares_memory():
     pytest.importorskip("bitsandbytes")
-    from test_formats import bnb_linear
-
     theirs = bnb_linear(torch.randn(36, 100), bias=True)
     theirs.compute_dtype = BF16
     layer = FusedQLoRALinear.from_bitsandbytes(theirs, r=4)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import tiny_llama
+from helpers import tiny_llama
 
 import lora_kernels as lk
 from lora_kernels.autograd import linears
