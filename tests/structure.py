@@ -34,7 +34,7 @@ LAYERS: Mapping[str, Sequence[str]] = {
         "examples",
     ),
     "bench": (
-        "measure",
+        "__init__ measure",
         "suite",
         "rivals",
         "suites",
