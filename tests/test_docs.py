@@ -129,7 +129,7 @@ def test_modules_and_tests(file: Path) -> None:
     for name in re.findall(r"`(?:python )?((?:lora_kernels|docs|bench|tests|csrc|examples)/[\w/.-]+\.\w+)", TEXTS[file]):
         assert (ROOT / name).exists(), f"{name} does not exist"
     for name in re.findall(r"`(test_\w+\.py)", TEXTS[file]):
-        assert (ROOT / "tests" / name).exists(), f"tests/{name} does not exist"
+        assert len(list(ROOT.glob(f"tests/**/{name}"))) == 1, f"{name} is not one file under tests/"
 
 
 @each_file
