@@ -17,7 +17,7 @@ from .base import Layer, adapter, clone, frozen_linear, set_adapter
 def ours(inputs: Inputs, W: Tensor) -> Layer:
     qw, r = clone(inputs.qw), inputs.case.r
     config = lk.AdapterConfig(r, inputs.case.scaling * r) if r else None
-    layer = lk.FusedQLoRALinear._build(qw, None, None, config, training=True)
+    layer = lk.FusedQLoRALinear.from_quantized(qw, None, None, config, training=True)
     leaves = set_adapter(layer.lora_matrices("default"), inputs) if r else ()
     return Layer(layer, leaves, qw.nbytes)
 

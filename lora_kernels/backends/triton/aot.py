@@ -23,7 +23,6 @@ from triton.runtime.cache import get_cache_manager
 
 from ...formats import BLOCKSIZE2, QuantizedWeight
 from ...testing import Case
-from .. import Layer
 from . import (
     decode_absmax,
     dequantize,
@@ -33,6 +32,8 @@ from . import (
     qlora_linear_group_backward,
     quantize,
 )
+
+Layer = tuple[Any, ...]
 from .launch import Launch, forcing, recording
 from .settings import Config, tables
 

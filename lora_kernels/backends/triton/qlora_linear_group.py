@@ -13,12 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .. import Layer
+Layer = tuple[Any, ...]
 from .launch import on
 from .low_rank import expand, project, read, read_dy
 from .qlora_linear import linear_config, qlora_linear
