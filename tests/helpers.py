@@ -8,13 +8,14 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import lora_kernels as lk
 from lora_kernels.formats import codebook
-from lora_kernels.testing import Inputs, Results
+from lora_kernels.testing import Inputs, Results, decode
 
 HANG = 1800
 """Seconds after which a process that a test waits for hangs: no machine is so busy that work of seconds takes longer."""
@@ -101,6 +102,24 @@ def assert_same_state(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) ->
         assert_same_bits(a[name], b[name], name)
 
 
+def layer_of(K: int = 100, N: int = 36, trained: bool = True, **options: Any) -> lk.FusedQLoRALinear:
+    """A layer whose adapter has an effect, as after training."""
+    layer = lk.FusedQLoRALinear(K, N, **options)
+    if trained and layer.active_adapter:
+        torch.nn.init.normal_(layer.lora_B[layer.active_adapter].weight, std=0.02)
+    return layer
+
+
+def dense(layer: lk.FusedQLoRALinear, x: torch.Tensor) -> torch.Tensor:
+    """What the layer should compute, in float64 from its own bytes."""
+    y = x.double() @ decode(layer.quantized_weight, torch.float32).double().T
+    name = layer.active_adapter
+    if name and layer.adapters_enabled and not layer.merged:
+        A, B = layer.lora_A[name].weight.double(), layer.lora_B[name].weight.double()
+        y = y + layer.adapters[name].scaling * (x.double() @ A.T @ B.T)
+    return y if layer.bias is None else y + layer.bias.double()
+
+
 def tiny_llama(seed: int = 0, dtype: torch.dtype = torch.float32, tied: bool = False, layers: int = 2) -> torch.nn.Module:
     """A random Llama; every K is a multiple of 64, where bitsandbytes' CPU kernels decode a block of 64 as they should."""
     transformers = pytest.importorskip("transformers")
@@ -155,7 +174,14 @@ def random_weight(generator: torch.Generator, index: int) -> torch.Tensor:
     return weight.clamp(-limit, limit).to(dtype)
 
 
-def bnb_linear(weight, blocksize=64, double_quant=True, quant_type="nf4", storage=torch.uint8, bias=False):
+def bnb_linear(
+    weight: torch.Tensor,
+    blocksize: int = 64,
+    double_quant: bool = True,
+    quant_type: str = "nf4",
+    storage: torch.dtype = torch.uint8,
+    bias: bool = False,
+) -> torch.nn.Module:
     """A quantized Linear4bit; it stays in training mode, because in eval mode bitsandbytes repacks the weight on the CPU."""
     bnb = pytest.importorskip("bitsandbytes")
     N, K = weight.shape
@@ -165,7 +191,7 @@ def bnb_linear(weight, blocksize=64, double_quant=True, quant_type="nf4", storag
     return linear.to("cpu").train()
 
 
-def bnb_llama(seed=0, dtype=torch.float32, quant_type="nf4", layers=2):
+def bnb_llama(seed: int = 0, dtype: torch.dtype = torch.float32, quant_type: str = "nf4", layers: int = 2) -> torch.nn.Module:
     """A random Llama whose linear layers but lm_head are bitsandbytes' with double quantization, in training mode: in eval
     mode bitsandbytes repacks them on the CPU at the first forward pass."""
     model = tiny_llama(seed, dtype, layers=layers)
@@ -193,7 +219,7 @@ def edit_json(file: Path, **changes: object) -> None:
     file.write_text(json.dumps({k: v for k, v in data.items() if v is not None}))
 
 
-def torchrun(*program):
+def torchrun(*program: object) -> subprocess.CompletedProcess[str]:
     """Two processes; what they printed, and how torchrun ended."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-endpoint", "localhost:0"]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
