@@ -11,6 +11,7 @@ import lora_kernels as lk
 from lora_kernels.autograd import linears
 from lora_kernels.grouping import InputGroup
 from lora_kernels.model import fused_layers
+from lora_kernels.testing import relative_error
 
 pytestmark = pytest.mark.usefixtures("poisoned", "one_thread")
 
@@ -133,9 +134,12 @@ def test_gated_mlp_in_a_group_is_the_block_without(options):
     mlp.gate_proj.group = mlp.up_proj.group = None
     want = mlp(x)
     want = want, *torch.autograd.grad(want.sum(), inputs)
-    assert torch.equal(got[0], want[0])
-    for g, w in zip(got[1:], want[1:], strict=True):
-        torch.testing.assert_close(g, w)  # dx of a group is summed before it is rounded
+    y, dx, *others = zip(got, want, strict=True)
+    for g, w in [y, *others]:
+        assert torch.equal(g, w)
+    assert relative_error(*dx) < (
+        4 * torch.finfo(BF16).eps if options else 1e-5
+    )  # of a group it is summed before it is rounded
 
 
 @pytest.mark.parametrize("change", ["forward hook", "forward pre-hook", "backward hook", "forward", "layer", "compiled"])
