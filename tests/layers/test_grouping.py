@@ -137,9 +137,8 @@ def test_gated_mlp_in_a_group_is_the_block_without(options):
     y, dx, *others = zip(got, want, strict=True)
     for g, w in [y, *others]:
         assert torch.equal(g, w)
-    assert relative_error(*dx) < (
-        4 * torch.finfo(BF16).eps if options else 1e-5
-    )  # of a group it is summed before it is rounded
+    # Of a group dx is summed before it is rounded.
+    assert relative_error(*dx) < (4 * torch.finfo(BF16).eps if options else 1e-5)
 
 
 @pytest.mark.parametrize("change", ["forward hook", "forward pre-hook", "backward hook", "forward", "layer", "compiled"])
