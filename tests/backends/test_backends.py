@@ -14,7 +14,8 @@ from lora_kernels.backends import reference
 
 
 @pytest.fixture(autouse=True)
-def _nothing_forced(monkeypatch):
+def _nothing_forced_or_found_before(monkeypatch):
+    monkeypatch.setattr(backends, "best", backends.best.__wrapped__)
     monkeypatch.delenv("LORA_KERNELS_BACKEND", raising=False)
     env.backend.cache_clear()
     yield
