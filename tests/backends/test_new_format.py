@@ -1,9 +1,9 @@
 """A format that is added to FORMATS at run time: every backend computes with it, and none takes it for another."""
 
-import cuda_emulated
 import pytest
 import torch
-from conftest import CPU, assert_same_bits
+from emulators import cuda_emulated
+from helpers import CPU, assert_same_bits
 
 import lora_kernels as lk
 from lora_kernels import testing
