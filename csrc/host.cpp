@@ -168,7 +168,7 @@ Quantized quantize(const Tensor& weight, const std::string& quant_type, int64_t 
       w,
       [&](const auto& context) {
         const Tensor bad = at::zeros({1}, w.options().dtype(at::kInt));
-        std::apply([&](auto... a) { cuda::quantize(context, a..., bad.data_ptr<int32_t>()); }, arguments);
+        std::apply([&](const auto&... a) { cuda::quantize(context, a..., bad.data_ptr<int32_t>()); }, arguments);
         finite = bad.item<int32_t>() == 0;
       },
       [&] { finite = std::apply(cpu::quantize, arguments); });

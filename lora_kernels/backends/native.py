@@ -96,7 +96,8 @@ def _load() -> tuple[Any, str | None]:
         module = importlib.import_module(MODULE)
         if Path(module.__file__ or "").parent != _PACKAGE:  # of another clone that is installed too
             raise ModuleNotFoundError(MODULE)
-        if (fields := getattr(module, "layer_fields", tuple)()) != FIELDS:
+        fields: tuple[str, ...] = getattr(module, "layer_fields", tuple)()
+        if fields != FIELDS:
             raise ImportError(f"it was built for other fields of a layer, {', '.join(fields)} in place of {', '.join(FIELDS)}")
         module.cpu_level()
         for name in FORMATS:
