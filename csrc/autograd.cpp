@@ -83,6 +83,10 @@ class QLoRALinear : public torch::autograd::Function<QLoRALinear> {
     auto [ys, hs] = qlora_linear(x, layers);
     const bool need_x = std::any_of(layers.begin(), layers.end(), [](const Layer& l) { return trained(l.lora_A); });
     Saved saved;
+    const size_t most = 1 + (N_FIELDS + 1) * layers.size();
+    saved.tensors.reserve(most);
+    saved.integers.reserve(most);
+    saved.numbers.reserve(most);
     Writer write(saved);
     write(need_x ? x : Tensor());
     for (size_t i = 0; i < layers.size(); i++) {
