@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from conftest import assert_same_bits
+from helpers import assert_same_bits
 from safetensors.torch import load_file, save_file
 from tiny_folder import chats, make_folder, make_tokenizer, save_with_tokenizer, write_jsonl
 

@@ -7,7 +7,7 @@ from itertools import chain
 
 import pytest
 import torch
-from conftest import COUNTS, assert_same_bits, run_ops
+from helpers import COUNTS, assert_same_bits, run_ops
 
 import lora_kernels as lk
 from lora_kernels import backends

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import HANG, assert_same_bits, assert_same_state, edit_json, model_bytes, tiny_llama
+from helpers import HANG, assert_same_bits, assert_same_state, edit_json, model_bytes, tiny_llama
 from safetensors.torch import load_file, save_file
 from tiny_folder import make_tokenizer
 from torch import nn
