@@ -18,21 +18,10 @@ MINIMUM_CAPABILITY = (8, 0)
 if importlib.util.find_spec("triton") is not None:
     from .decode_absmax import decode_absmax
     from .dequantize import dequantize
-    from .qlora_linear import qlora_linear
-    from .qlora_linear_backward import qlora_linear_backward
-    from .qlora_linear_group import qlora_linear_group, qlora_linear_group_backward
+    from .qlora_linear import qlora_linear, qlora_linear_backward
     from .quantize import quantize
 
-    __all__ = [
-        "decode_absmax",
-        "dequantize",
-        "qlora_linear",
-        "qlora_linear_backward",
-        "qlora_linear_group",
-        "qlora_linear_group_backward",
-        "quantize",
-        "unavailable",
-    ]
+    __all__ = ["decode_absmax", "dequantize", "qlora_linear", "qlora_linear_backward", "quantize", "unavailable"]
 else:
     __all__ = ["unavailable"]
 

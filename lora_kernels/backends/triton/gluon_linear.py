@@ -51,7 +51,7 @@ def linear_gluon(
     GROUP: gl.constexpr,
     SHIFT: gl.constexpr,
     NESTED: gl.constexpr,
-    NF4: gl.constexpr,
+    TABLE: gl.constexpr,
     PTX: gl.constexpr,
 ):
     """K is a multiple of BLOCK_K, and BLOCK_K is one group."""
@@ -107,7 +107,7 @@ def linear_gluon(
     # a step's words and scale are loaded one step before they are decoded, the code of its scale two steps before
     word = gl.load(words + word_at)
     scale = scale_of(gl.load(absmax + (block >> SHIFT)), block >> SHIFT, code2, absmax2, shift, NESTED, PTX)
-    ws.index(0).store(decode(word, scale, lut, BLOCK_N, WORDS, DT, NF4, PTX))
+    ws.index(0).store(decode(word, scale, lut, BLOCK_N, WORDS, DT, TABLE))
     k1 = gl.minimum(1, last)
     word = gl.load(words + k1 * WORDS + word_at)
     scale = scale_of(gl.load(absmax + (block + k1 >> SHIFT)), block + k1 >> SHIFT, code2, absmax2, shift, NESTED, PTX)
@@ -122,7 +122,7 @@ def linear_gluon(
         ahead = k + X_TILES - 2
         _copy(xs.index(ahead % X_TILES), x_tile + gl.minimum(ahead, last) * BLOCK_K + x_at)
         async_copy.commit_group()
-        ws.index((k + 1) % W_TILES).store(decode(word, scale, lut, BLOCK_N, WORDS, DT, NF4, PTX))
+        ws.index((k + 1) % W_TILES).store(decode(word, scale, lut, BLOCK_N, WORDS, DT, TABLE))
         k2 = gl.minimum(k + 2, last)
         word = gl.load(words + k2 * WORDS + word_at)
         scale = scale_of(stored, block + k2 >> SHIFT, code2, absmax2, shift, NESTED, PTX)
