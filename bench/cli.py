@@ -34,8 +34,8 @@ from .suites import memory as bench_memory
 from .suites import model as bench_model
 from .suites import weight as bench_weight
 from .tools import compile_check as compile_check_
+from .tools import cuda_builds
 from .tools import profile_op
-from .tools import resources as resources_
 from .tools import tune as tune_
 
 warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
@@ -292,16 +292,16 @@ def compile_check(
     arch: Annotated[list[int] | None, typer.Option(help="compute capabilities; default 80 90 100")] = None,
     more: Annotated[list[int] | None, typer.Argument(help="further ones, so that --arch 80 90 100 works")] = None,
     only: Annotated[str, typer.Option(help="kernels whose name contains this text")] = "",
-    record: Annotated[bool, typer.Option(help="write the instructions a weight to bench/instructions.json")] = False,
+    record: Annotated[bool, typer.Option(help="write the instructions a weight to bench/tools/instructions.json")] = False,
 ) -> None:
     """Compiles every Triton kernel ahead of time; exit code 1 on a spill, a lost matrix instruction, or more instructions than
     recorded.  Needs no GPU."""
     console = make_console()
     try:
-        bad = compile_check_.check([*(arch or []), *(more or [])] or [80, 90, 100], only, console, record)
+        bad = compile_check_.check_triton([*(arch or []), *(more or [])] or list(compile_check_.TRITON_ARCHS), only, console, record)
     except (RuntimeError, ValueError) as e:
         fail(str(e))
-    console.print(f"{compile_check_.versions()}: " + (f"[red]{bad} kernels are not as they should be" if bad else "all ok"))
+    console.print(f"{compile_check_.triton_version()}: " + (f"[red]{bad} kernels are not as they should be" if bad else "all ok"))
     if bad:
         raise typer.Exit(1)
 
@@ -312,12 +312,12 @@ def resources(
     more: Annotated[list[int] | None, typer.Argument(help="further ones, so that --arch 80 90 works")] = None,
     only: Annotated[str, typer.Option(help="sources whose name contains this text")] = "",
 ) -> None:
-    """Compiles every CUDA kernel with nvcc; exit code 1 on a spill or a missing matrix instruction.  Needs no GPU."""
+    """The same for every kernel in CUDA C++, with nvcc; exit code 1 on a spill or a lost matrix instruction.  Needs no GPU."""
     console = make_console()
     try:
-        bad = resources_.check([*(arch or []), *(more or [])] or list(resources_.ARCHS), only, console)
+        bad = compile_check_.check_cuda([*(arch or []), *(more or [])] or list(compile_check_.CUDA_ARCHS), only, console)
     except RuntimeError as e:
         fail(str(e))
-    console.print(f"{resources_.version()}: " + (f"[red]{bad} kernels are not as they should be" if bad else "all ok"))
+    console.print(f"{cuda_builds.version()}: " + (f"[red]{bad} kernels are not as they should be" if bad else "all ok"))
     if bad:
         raise typer.Exit(1)
