@@ -252,7 +252,7 @@ def environment(device: torch.device) -> dict[str, object]:
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
         if device.type == "cuda"
         else None,
-        "backend": backends.pick(device).__name__.removeprefix("lora_kernels.backends."),
+        "backend": backends.picked("qlora_linear", device),
         "threads": torch.get_num_threads(),
         "cpu_quota": cpu_quota(),
         "cache_bytes": cache_bytes(device),

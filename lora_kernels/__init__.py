@@ -21,8 +21,9 @@ from .autograd import decode_absmax, dequantize, qlora_linear, qlora_linear_grou
 from .backends import use_backend
 from .backends.native import warn_of_mismatch
 from .formats import QuantizedWeight
-from .model import Report, apply_qlora, disable_adapters, group_projections, set_adapter, verify
+from .model import after_quantizing, apply_qlora, disable_adapters, group_projections, set_adapter
 from .nn import AdapterConfig, FusedQLoRALinear, MergeReport
+from .report import Report, verify
 from .version import __version__
 
 if TYPE_CHECKING:
@@ -52,6 +53,13 @@ def __getattr__(name: str) -> Any:
     except ModuleNotFoundError as e:
         raise ImportError(f"lora_kernels.{name} needs {e.name}, which is not installed: {PIP} install {e.name}") from e
 
+
+def _teach_peft() -> None:
+    if "peft" in sys.modules:
+        __getattr__("enable_peft")()
+
+
+after_quantizing.append(_teach_peft)
 
 __all__ = [
     "AdapterConfig",

@@ -24,9 +24,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import backends
-from .backends import FlatLayer
 from .formats import DYNAMIC_MAP, WEIGHT_DTYPES, QuantizedWeight, check_storage
-from .ops import PLAIN, check_quantize, group_args
+from .layer import FIELDS, TENSORS, Layer, to_args, to_lists
+from .ops import PLAIN, check_quantize
 from .ops import call as _ops
 
 
@@ -109,7 +109,7 @@ def qlora_linear(
     Raises:
         TypeError, ValueError: an argument of a wrong type, dtype, shape or device; the message names it and what is accepted.
     """
-    return linears(x, [(*_weight(weight).op_args(), lora_A, lora_B, scaling, bias, dropout_p, None)])[0]
+    return linears(x, [Layer.of(_weight(weight), lora_A, lora_B, scaling, bias, dropout_p)])[0]
 
 
 def qlora_linear_group(
@@ -150,21 +150,22 @@ def qlora_linear_group(
         if len(lists[name]) != n:
             raise ValueError(f"{name} must have one entry for each of the {n} weights, got {len(lists[name])}")
     parts = zip(weights, *lists.values(), strict=True)
-    return linears(x, [(*_weight(qw).op_args(), *rest, None) for qw, *rest in parts])
+    return linears(x, [Layer.of(_weight(qw), *rest) for qw, *rest in parts])
 
 
-def linears(x: Tensor, layers: Sequence[FlatLayer]) -> list[Tensor]:
+def linears(x: Tensor, layers: Sequence[Layer]) -> list[Tensor]:
     """`qlora_linear_group` of layers in parts; a seed that is None is drawn where there is dropout."""
     if type(x) in PLAIN and not torch.compiler.is_compiling():
-        at_once = getattr(backends.pick(x.device), "qlora_linear_autograd", None)
+        at_once = getattr(backends.pick("qlora_linear", x.device), "qlora_linear_autograd", None)
         if at_once is not None and (ys := at_once(x, layers)) is not None:
             return ys
     ready = []
-    for *weight, A, B, scaling, bias, p, seed in layers:
-        x = _checked_input(x, weight[5])
-        if seed is None and A is not None and p:
+    for one in layers:
+        x = _checked_input(x, one.shape)
+        seed = one.seed
+        if seed is None and one.lora_A is not None and one.dropout_p:
             seed = torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=x.device)
-        ready.append((*weight, A, B, float(scaling), bias, float(p), seed))
+        ready.append(one._replace(scaling=float(one.scaling), dropout_p=float(one.dropout_p), seed=seed))
     if torch.is_grad_enabled():
         return list(_QLoRALinear.apply(x, *chain(*ready)))
     return _outputs(x, ready)[0]
@@ -186,10 +187,10 @@ def _checked_input(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     return x
 
 
-def _outputs(x: Tensor, layers: Sequence[FlatLayer]) -> tuple[list[Tensor], list[Tensor]]:
+def _outputs(x: Tensor, layers: Sequence[Layer]) -> tuple[list[Tensor], list[Tensor]]:
     """y and h of each layer."""
     n, rows = len(layers), _rows(x)
-    out = _ops.qlora_linear(rows, *layers[0]) if n == 1 else _ops.qlora_linear_group(rows, *group_args(layers))
+    out = _ops.qlora_linear(rows, *layers[0]) if n == 1 else _ops.qlora_linear_group(rows, *to_lists(layers))
     return [_like(x, y) for y in out[:n]], list(out[n:])
 
 
@@ -209,45 +210,45 @@ def _weight(qw: QuantizedWeight) -> QuantizedWeight:
     return qw
 
 
-PARTS = 14
-"""What a `FlatLayer` consists of."""
-
-
 class _QLoRALinear(torch.autograd.Function):
-    """Takes x and the parts of each layer, one after another."""
+    """Takes x and the fields of each layer, one after another."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, *parts: Any) -> tuple[Tensor, ...]:
-        layers = [parts[i : i + PARTS] for i in range(0, len(parts), PARTS)]
+    def forward(ctx: Any, x: Tensor, *fields: Any) -> tuple[Tensor, ...]:
+        n = len(FIELDS)
+        layers = [Layer(*fields[i : i + n]) for i in range(0, len(fields), n)]
         ys, hs = _outputs(x, layers)
-        ctx.needs, ctx.meta, tensors = [], [], []
-        for i, (layer, h) in enumerate(zip(layers, hs, strict=True)):
-            *scales, shape, quant_type, blocksize, A, B, scaling, bias, dropout_p, seed = layer
-            need_dA, need_dB, _, need_dbias = ctx.needs_input_grad[1 + PARTS * i :][8:12]
-            ctx.needs.append((need_dA, need_dB, need_dbias))
-            ctx.meta.append((shape, quant_type, blocksize, scaling, dropout_p, None if bias is None else bias.dtype))
-            tensors += [h if need_dB else None, *scales, A, B, seed]
-        ctx.save_for_backward(x if any(need_dA for need_dA, _, _ in ctx.needs) else None, *tensors)
+        wanted = [Layer(*ctx.needs_input_grad[1 + i : 1 + i + n]) for i in range(0, len(fields), n)]
+        ctx.needs = [(bool(w.lora_A), bool(w.lora_B), bool(w.bias)) for w in wanted]
+        ctx.layers = [one.with_tensors([None] * len(TENSORS)) for one in layers]
+        ctx.bias_dtypes = [None if one.bias is None else one.bias.dtype for one in layers]
+        tensors: list[Tensor | None] = [x if any(need_dA for need_dA, _, _ in ctx.needs) else None]
+        for one, h, (_, need_dB, _) in zip(layers, hs, ctx.needs, strict=True):
+            tensors += [h if need_dB else None, *one._replace(bias=None).tensors()]
+        ctx.save_for_backward(*tensors)
         return tuple(ys)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *dys: Tensor) -> tuple[Any, ...]:
         x, *tensors = ctx.saved_tensors
-        hs, layers = [], []
-        for i, (*meta, scaling, dropout_p, _) in enumerate(ctx.meta):
-            h, *scales, A, B, seed = tensors[9 * i : 9 * i + 9]
-            hs.append(h)
-            layers.append((*scales, *meta, A, B, scaling, None, dropout_p, seed))
+        each = [tensors[i : i + 1 + len(TENSORS)] for i in range(0, len(tensors), 1 + len(TENSORS))]
+        hs = [h for h, *_ in each]
+        layers = [one.with_tensors(saved) for one, (_, *saved) in zip(ctx.layers, each, strict=True)]
         x, rows, need_dx = None if x is None else _rows(x), [_rows(dy) for dy in dys], ctx.needs_input_grad[0]
         if len(layers) == 1:
-            *layer, _, dropout_p, seed = layers[0]
-            out = _ops.qlora_linear_backward(*rows, x, *hs, *layer, dropout_p, seed, [need_dx, *ctx.needs[0]])
+            out = _ops.qlora_linear_backward(*rows, x, *hs, *to_args(layers[0], "bias"), [need_dx, *ctx.needs[0]])
         else:
-            needs, K = list(chain(*ctx.needs)), layers[0][5][1]
-            out = _ops.qlora_linear_group_backward(rows, x, hs, K, *group_args(layers), need_dx, needs)
+            needs, K = list(chain(*ctx.needs)), layers[0].shape[1]
+            out = _ops.qlora_linear_group_backward(rows, x, hs, K, *to_lists(layers), need_dx, needs)
         grads: list[Tensor | None] = [_like(dys[0], out[0]) if need_dx else None]
-        for i, (need, (*_, bias_dtype)) in enumerate(zip(ctx.needs, ctx.meta, strict=True)):
+        for i, (need, bias_dtype) in enumerate(zip(ctx.needs, ctx.bias_dtypes, strict=True)):
             dA, dB, dbias = (g if needed else None for g, needed in zip(out[1 + i :: len(layers)], need, strict=True))
-            grads += [*[None] * 8, dA, dB, None, None if dbias is None else dbias.to(bias_dtype), None, None]
+            grads += _gradient(dA, dB, None if dbias is None else dbias.to(bias_dtype))
         return tuple(grads)
+
+
+def _gradient(dA: Tensor | None, dB: Tensor | None, dbias: Tensor | None) -> list[Tensor | None]:
+    """Of each field of a layer."""
+    of = {"lora_A": dA, "lora_B": dB, "bias": dbias}
+    return [of.get(name) for name in FIELDS]

@@ -196,7 +196,7 @@ class QuantizedWeight:
     @property
     def nbytes(self) -> int:
         """Bytes of the codes and all scales."""
-        return sum(t.nbytes for t in self._tensors() if t is not None)
+        return sum(t.nbytes for t in self.tensors() if t is not None)
 
     @property
     def bits_per_param(self) -> float:
@@ -208,21 +208,18 @@ class QuantizedWeight:
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight `[*shape]` in `dtype` (default: `self.dtype`)."""
-        from .autograd import dequantize
-
-        return dequantize(self, dtype)
+        return torch.ops.lora_kernels.dequantize(*self.op_args(), self.dtype if dtype is None else dtype)
 
     def to(self, device: torch.device | str) -> QuantizedWeight:
         """The same weight on `device`."""
         return replace(self, **{n: t.to(device) for n in _TENSORS if (t := getattr(self, n)) is not None})
 
-    def _tensors(self) -> tuple[Tensor | None, ...]:
-        return tuple(getattr(self, n) for n in _TENSORS)
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return self.packed, self.absmax, self.absmax2, self.code2, self.offset
 
     def op_args(self) -> tuple[Any, ...]:
         """The flat arguments by which the ops of `lora_kernels.ops` take a weight; `dtype` is not among them."""
-        tensors = (self.packed, self.absmax, self.absmax2, self.code2, self.offset)
-        return *tensors, self.shape, self.quant_type, self.blocksize
+        return *self.tensors(), self.shape, self.quant_type, self.blocksize
 
     # ---- bitsandbytes
 
@@ -405,7 +402,7 @@ class QuantizedWeight:
 
 
 def _flatten(qw: QuantizedWeight) -> tuple[list[Tensor | None], Any]:
-    return list(qw._tensors()), (qw.shape, qw.dtype, qw.quant_type, qw.blocksize)
+    return list(qw.tensors()), (qw.shape, qw.dtype, qw.quant_type, qw.blocksize)
 
 
 pytree.register_pytree_node(

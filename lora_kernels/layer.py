@@ -46,8 +46,8 @@ class Layer(NamedTuple):
     @property
     def weight(self) -> QuantizedWeight:
         """The weight alone; its `dtype` is float32, because no op asks for it."""
-        packed, absmax, absmax2, code2, offset, shape, quant_type, blocksize = self[:N_WEIGHT]
-        return QuantizedWeight(packed, absmax, absmax2, code2, offset, shape, torch.float32, quant_type, blocksize)
+        scales = self.absmax, self.absmax2, self.code2, self.offset
+        return QuantizedWeight(self.packed, *scales, self.shape, torch.float32, self.quant_type, self.blocksize)
 
     @property
     def r(self) -> int:
@@ -60,7 +60,8 @@ class Layer(NamedTuple):
 
     def with_tensors(self, tensors: Iterable[Tensor | None]) -> Layer:
         """The layer with other tensors in the fields of TENSORS."""
-        return self._replace(**dict(zip(TENSORS, tensors, strict=True)))
+        given: dict[str, Any] = dict(zip(TENSORS, tensors, strict=True))
+        return self._replace(**given)
 
     @classmethod
     def of(cls, weight: QuantizedWeight, *rest: Any) -> Layer:
@@ -95,6 +96,22 @@ def schema(*without: str, weight_only: bool = False) -> str:
     """The arguments by which a registered op takes a layer, or its weight alone."""
     names = FIELDS[:N_WEIGHT] if weight_only else FIELDS
     return ", ".join(f"{_SCHEMA[name]} {name}" for name in names if name not in without)
+
+
+def to_args(layer: Layer, *without: str) -> list[Any]:
+    """The arguments of `schema(*without)`."""
+    return [value for name, value in zip(FIELDS, layer, strict=True) if name not in without]
+
+
+def from_args(args: Sequence[Any], *without: str) -> Layer:
+    """The layer that `to_args` took apart; what was left out has its default."""
+    layer = Layer(**dict(zip((name for name in FIELDS if name not in without), args, strict=True)))
+    return layer._replace(shape=tuple(layer.shape))
+
+
+def weight_from_args(args: Sequence[Any]) -> QuantizedWeight:
+    """The weight that an op took by the arguments of `schema(weight_only=True)`."""
+    return from_args(args, *FIELDS[N_WEIGHT:]).weight
 
 
 def lists_schema() -> str:

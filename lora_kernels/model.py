@@ -1,20 +1,18 @@
-"""Whole models: put `FusedQLoRALinear` in place of the linear layers, choose adapters, and see what is fused."""
+"""Whole models: put `FusedQLoRALinear` in place of the linear layers, and choose adapters."""
 
 from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from importlib import import_module
 
 import torch
 from torch import nn
 
-from . import backends
-from .formats import check_blocksize, check_quant_type, check_storage
-from .nn import AdapterConfig, FusedQLoRALinear, GatedMLP, InputGroup, check_compute_dtype
+from .formats import check_blocksize, check_storage
+from .grouping import InputGroup
+from .nn import AdapterConfig, FusedQLoRALinear, check_compute_dtype
 
 
 def fused_layers(model: nn.Module) -> dict[str, FusedQLoRALinear]:
@@ -22,21 +20,25 @@ def fused_layers(model: nn.Module) -> dict[str, FusedQLoRALinear]:
     return {name: m for name, m in model.named_modules() if isinstance(m, FusedQLoRALinear)}
 
 
-def _matches(name: str, patterns: str | Collection[str]) -> bool:
+def matches(name: str, patterns: str | Collection[str]) -> bool:
     """PEFT's rule: a string is a regular expression for the whole name, a list holds names or their last parts."""
     if isinstance(patterns, str):
         return re.fullmatch(patterns, name) is not None
     return any(name == p or name.endswith(f".{p}") for p in patterns)
 
 
-def _is_bitsandbytes(module: nn.Module) -> bool:
+def is_bitsandbytes(module: nn.Module) -> bool:
     bnb = sys.modules.get("bitsandbytes")
     return bnb is not None and isinstance(module, bnb.nn.Linear4bit)
 
 
-def _is_peft(module: nn.Module) -> bool:
+def is_peft(module: nn.Module) -> bool:
     peft = sys.modules.get("peft")
     return peft is not None and isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer)
+
+
+after_quantizing: list[Callable[[], None]] = []
+"""Called when `apply_qlora` has made a model without adapters, which another library may add."""
 
 
 def apply_qlora(
@@ -76,15 +78,14 @@ def apply_qlora(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     adapter = AdapterConfig(r, lora_alpha, lora_dropout, use_rslora) if r else None
-    check_quant_type(quant_type)
-    check_blocksize(blocksize)
+    check_blocksize(blocksize, quant_type)
     check_compute_dtype(compute_dtype)
     if isinstance(model, (nn.Linear, FusedQLoRALinear)):
         raise ValueError("model is itself a linear layer, which can't be replaced in place: use FusedQLoRALinear.from_linear")
     for name, module in model.named_modules():
         if isinstance(module, FusedQLoRALinear):
             raise ValueError(f"model was given to apply_qlora before ({name} is a FusedQLoRALinear): use its add_adapter")
-        if _is_peft(module):
+        if is_peft(module):
             raise ValueError(f"model carries PEFT adapters ({name}): give apply_qlora the base model, before get_peft_model")
 
     places: dict[nn.Module, list[str]] = {}
@@ -92,19 +93,19 @@ def apply_qlora(
         if isinstance(module, nn.Linear):
             places.setdefault(module, []).append(name)
     names = [n for group in places.values() for n in group]
-    _check_patterns("exclude_modules", exclude_modules, names, strict=False)
-    linears = {m: group for m, group in places.items() if not any(_matches(n, exclude_modules) for n in group)}
+    check_patterns("exclude_modules", exclude_modules, names, strict=False)
+    linears = {m: group for m, group in places.items() if not any(matches(n, exclude_modules) for n in group)}
     if not linears:
         raise ValueError(f"model has no linear layer to convert; linear layers: {', '.join(names) or 'none'}")
     if target_modules != "all-linear":
-        _check_patterns("target_modules", target_modules, [n for group in linears.values() for n in group], strict=True)
+        check_patterns("target_modules", target_modules, [n for group in linears.values() for n in group], strict=True)
     _check_weights(model, linears, quant_storage)
 
     for param in model.parameters():
         param.requires_grad_(False)
     for module, group in linears.items():
-        target = adapter if target_modules == "all-linear" or any(_matches(n, target_modules) for n in group) else None
-        if _is_bitsandbytes(module):
+        target = adapter if target_modules == "all-linear" or any(matches(n, target_modules) for n in group) else None
+        if is_bitsandbytes(module):
             fused = FusedQLoRALinear.from_bitsandbytes(module, r=0, compute_dtype=compute_dtype)
         else:
             assert isinstance(module, nn.Linear)
@@ -121,17 +122,18 @@ def apply_qlora(
             fused.add_adapter("default", target)
         for name in group:
             model.set_submodule(name, fused)
-    if adapter is None and "peft" in sys.modules:
-        import_module("lora_kernels.integrations.peft").enable_peft()
+    if adapter is None:
+        for call in after_quantizing:
+            call()
     return model
 
 
-def _check_patterns(argument: str, patterns: str | Sequence[str], names: list[str], strict: bool) -> None:
+def check_patterns(argument: str, patterns: str | Sequence[str], names: list[str], strict: bool) -> None:
     if not isinstance(patterns, str) and not all(isinstance(p, str) for p in patterns):
         raise TypeError(f"{argument} must be a string or a list of strings, got {patterns!r}")
     if strict:
         for p in [patterns] if isinstance(patterns, str) else patterns:
-            if not any(_matches(n, patterns if isinstance(patterns, str) else [p]) for n in names):
+            if not any(matches(n, patterns if isinstance(patterns, str) else [p]) for n in names):
                 leaves = sorted({n.rpartition(".")[2] for n in names})
                 raise ValueError(f"{argument}: {p!r} matches no linear layer; their names end in {', '.join(leaves)}")
 
@@ -149,7 +151,7 @@ def _check_weights(model: nn.Module, linears: dict[nn.Module, list[str]], quant_
             raise ValueError(
                 f"{group[0]}.weight is shared with {shared[0]} and can't be quantized: add {group[0]!r} to exclude_modules"
             )
-        if _is_bitsandbytes(module):
+        if is_bitsandbytes(module):
             state = getattr(weight, "quant_state", None)
             if state is None or getattr(state, "packing_format_for_cpu", False):
                 why = "is not quantized yet" if state is None else "was repacked by bitsandbytes for CPU inference"
@@ -206,7 +208,6 @@ def group_projections(model: nn.Module, groups: Sequence[Sequence[str]] = PROJEC
     """Lets sibling layers that a block calls on the same input compute in one call, which reads x once and saves it once.
 
     Only where every layer of a group is a `FusedQLoRALinear` of the same in_features; results are those of separate calls.
-    A block that computes `down_proj(act_fn(gate_proj(x)) * up_proj(x))` does so in two calls (`lora_kernels.nn.GatedMLP`).
 
     Args:
         groups: names of sibling layers, one sequence a group.
@@ -221,133 +222,4 @@ def group_projections(model: nn.Module, groups: Sequence[Sequence[str]] = PROJEC
             if len(layers) == len(names) and len({(layer.in_features, layer.compute_dtype) for layer in layers}) == 1:
                 InputGroup(layers)
                 made += 1
-        GatedMLP.convert(block)
     return made
-
-
-# ---- what is fused
-
-
-@dataclass(frozen=True)
-class Row:
-    """One linear layer in a `Report`."""
-
-    name: str
-    kind: str
-    fused: bool
-    backend: str | None
-    adapter: str | None
-    reason: str
-    quant_type: str | None = None
-    blocksize: int | None = None
-
-    @property
-    def format(self) -> str:
-        """`nf4/64`: quant_type and blocksize; `-` for a layer that is not in 4 bits."""
-        return f"{self.quant_type}/{self.blocksize}" if self.quant_type else "-"
-
-
-@dataclass(frozen=True)
-class Report:
-    """What `verify` found: one row a linear layer.  `print(report)` shows a table."""
-
-    rows: tuple[Row, ...]
-
-    @property
-    def fused(self) -> tuple[Row, ...]:
-        return tuple(r for r in self.rows if r.fused)
-
-    @property
-    def not_fused(self) -> tuple[Row, ...]:
-        return tuple(r for r in self.rows if not r.fused)
-
-    def __str__(self) -> str:
-        cells = [("layer", "class", "fused", "backend", "format", "adapter", "why")]
-        for r in self.rows:
-            fused = "yes" if r.fused else "no"
-            cells.append((r.name, r.kind, fused, r.backend or "-", r.format, r.adapter or "-", r.reason))
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells]
-        return "\n".join([*lines, f"{len(self.fused)} of {len(self.rows)} linear layers fused"])
-
-
-def verify(model: nn.Module, strict: bool = False, exclude_modules: str | Sequence[str] = ("lm_head",)) -> Report:
-    """Says of every linear layer whether it runs in fused kernels, by which backend, and why.
-
-    Args:
-        strict: raise if a layer that is not excluded is not fused.
-        exclude_modules: layers that are meant to stay dense, named as in `apply_qlora`.
-
-    Raises:
-        RuntimeError: `strict`, and a layer is not fused; the message lists them.
-    """
-    rows: list[Row] = []
-    done: set[str] = set()
-    for name, module in model.named_modules():
-        if any(p in done for p in _parents(name)):
-            continue
-        row = _row(name, module, any(_matches(p, exclude_modules) for p in _parents(name)))
-        if row is not None:
-            rows.append(row)
-            done.add(name)
-    report = Report(tuple(rows))
-    if strict:
-        bad = [r for r in report.not_fused if not any(_matches(p, exclude_modules) for p in _parents(r.name))]
-        if bad or not report.fused:
-            listed = "; ".join(f"{r.name}: {r.reason}" for r in bad) or "the model has no fused layer"
-            raise RuntimeError(f"{len(bad)} linear layers are not fused: {listed}")
-    return report
-
-
-def _parents(name: str) -> list[str]:
-    """`name` and the names of the modules around it."""
-    parts = name.split(".")
-    return [".".join(parts[: i + 1]) for i in range(len(parts))]
-
-
-def _row(name: str, module: nn.Module, excluded: bool) -> Row | None:
-    """The row of a linear layer, None for another module."""
-    kind = type(module).__name__
-    if isinstance(module, FusedQLoRALinear) or hasattr(module, "fused_state"):
-        return _fused_row(name, module)
-    if _is_peft(module):
-        base = module.get_base_layer()  # type: ignore[operator]
-        if not isinstance(base, (nn.Linear, FusedQLoRALinear)):
-            return None
-        if _is_bitsandbytes(base) and not hasattr(base, "fused_state"):
-            return Row(name, kind, False, None, None, "a bitsandbytes layer: accelerate(model) makes it fused")
-        where = type(module).__module__.removesuffix(".layer").rpartition(".")[2]
-        ours = hasattr(base, "fused_state") or isinstance(base, FusedQLoRALinear)
-        return Row(name, kind, False, None, None, f"{where}: PEFT computes it {'on our base layer' if ours else 'densely'}")
-    if not isinstance(module, nn.Linear):
-        return None
-    if excluded:
-        why = "excluded: stays as it is"
-    elif _is_bitsandbytes(module):
-        why = "a bitsandbytes layer: apply_qlora or accelerate takes it over without touching its bytes"
-    else:
-        why = "a dense layer: apply_qlora quantizes it"
-    return Row(name, kind, False, None, None, why)
-
-
-def _fused_row(name: str, layer: nn.Module) -> Row:
-    """The row of a layer of ours; layers of `integrations` say through `fused_state` what they can't compute in one call."""
-    kind, problem = type(layer).__name__, None
-    if isinstance(layer, FusedQLoRALinear):
-        weight, adapter = layer.quantized_weight, layer.active_adapter
-        why = "adapter in the same call" if adapter and layer.adapters_enabled else "no active adapter"
-        if layer.merged:
-            why = "adapter merged into the 4-bit weight"
-    else:
-        weight, adapter, why, problem = layer.fused_state()  # type: ignore[operator]
-    format = (weight.quant_type, weight.blocksize)
-    try:
-        backend = backends.pick(weight.device).__name__.rpartition(".")[2]
-    except RuntimeError as e:
-        return Row(name, kind, False, None, adapter, str(e), *format)
-    if hasattr(weight.packed, "ds_id"):
-        problem = "DeepSpeed's ZeRO-3 holds the weight in parts, which 4-bit layers can't be computed from: use ZeRO-2 or FSDP2"
-    elif backend == "reference":
-        better = [f"{n}: {why}" for n, why in backends.choices(weight.device) if why]
-        problem = "plain torch is forced" if backends.forced() else f"plain torch, because {'; '.join(better)}"
-    return Row(name, kind, problem is None, backend, adapter, problem or why, *format)

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, fx, nn
-from torch.nn.modules.module import _has_any_global_hook
+from torch import Tensor, nn
 
 from .autograd import dequantize, linears, quantize
-from .backends import FlatLayer
 from .formats import WEIGHT_DTYPES, QuantizedWeight, dtype_name
+from .grouping import InputGroup, cast
+from .layer import Layer
+from .packed import SCALES, PackedWeight
 
 if TYPE_CHECKING:
     import bitsandbytes as bnb
-
-_SCALES = ("absmax", "absmax2", "code2", "offset")
 
 
 @dataclass(frozen=True)
@@ -62,91 +60,6 @@ class MergeReport:
 
     survived: float
     relative_error: float
-
-
-class PackedWeight:
-    """A layer whose `weight` is packed bytes and comes, in a state dict, with its scales under bitsandbytes' keys."""
-
-    out_features: int
-    in_features: int
-    weight: nn.Parameter
-    _unmerged: QuantizedWeight | None = None
-
-    @property
-    def quantized_weight(self) -> QuantizedWeight:
-        raise NotImplementedError
-
-    def _set_weight(self, qw: QuantizedWeight) -> None:
-        raise NotImplementedError
-
-    def _fqn_modifiers(self) -> dict[str, str]:
-        """For torch.distributed.checkpoint, which looks up each part of a key as an attribute."""
-        return {"weight": "_weight_keys"}
-
-    @property
-    def _weight_keys(self) -> _Keys:
-        return _Keys()
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        key = f"{prefix}weight"
-        own = {k: v for k, v in state_dict.items() if k == key or k.startswith(f"{key}.")}
-        rest = {k: v for k, v in state_dict.items() if k.startswith(prefix) and k not in own}
-        missing: list[str] = []
-        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs)  # type: ignore[misc]
-        missing_keys += [k for k in missing if k != key or key not in own]
-        if key not in own:
-            return
-        weight = self.weight
-        if hasattr(weight, "device_mesh") and len(own) == 1:  # a process that gets its scales from another one
-            if local_metadata.get("assign_to_params_buffers", False):
-                self.weight = nn.Parameter(own[key], requires_grad=False)
-            else:
-                weight.detach().copy_(own[key])
-            return
-        try:
-            qw = QuantizedWeight.from_state_dict(own, key)
-        except (KeyError, ValueError) as e:
-            error_msgs.append(e.args[0])
-            return
-        if qw.shape != (self.out_features, self.in_features):
-            error_msgs.append(f"{key}: shape must be {[self.out_features, self.in_features]}, got {list(qw.shape)}")
-            return
-        self._unmerged = None
-        if local_metadata.get("assign_to_params_buffers", False):
-            self._set_weight(qw)
-        elif hasattr(weight, "device_mesh"):  # sharded: the parameter must stay the same object
-            weight.detach().copy_(qw.packed)
-            scales = self.quantized_weight
-            for name in _SCALES:
-                if (t := getattr(scales, name)) is not None:
-                    t.copy_(getattr(qw, name))
-        else:
-            here = qw.to(self.weight.device)
-            self._set_weight(
-                replace(here, **{n: t.clone() for n in ("packed", *_SCALES) if (t := getattr(here, n)) is not None})
-            )
-
-
-class _Keys:
-    """Has every attribute: it stands for the entries of a state dict that belong to a packed weight."""
-
-    def __getattr__(self, name: str) -> _Keys:
-        if name.startswith("_"):
-            raise AttributeError(name)
-        return self
-
-
-def _cast(x: Tensor, dtype: torch.dtype | None) -> Tensor:
-    return x if dtype is None else x.to(dtype)
 
 
 class FusedQLoRALinear(PackedWeight, nn.Module):
@@ -209,27 +122,34 @@ class FusedQLoRALinear(PackedWeight, nn.Module):
         super().__init__()
         self.out_features, self.in_features = qw.shape
         self.compute_dtype = compute_dtype
-        self._set_weight(qw)
+        self.set_weight(qw)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
         self.lora_A, self.lora_B = nn.ModuleDict(), nn.ModuleDict()
         self.adapters: dict[str, AdapterConfig] = {}
         self.active_adapter: str | None = None
-        self._shortcut: tuple[Any, ...] | None = None
         self.adapters_enabled = True
         self._unmerged: QuantizedWeight | None = None
-        self._group: InputGroup | None = None
+        self.group: InputGroup | None = None
         if adapter is not None:
             self.add_adapter("default", adapter)
 
     @classmethod
-    def _build(
+    def from_quantized(
         cls,
         qw: QuantizedWeight,
-        bias: Tensor | None,
-        compute_dtype: torch.dtype | None,
-        adapter: AdapterConfig | None,
-        training: bool,
+        bias: Tensor | None = None,
+        compute_dtype: torch.dtype | None = None,
+        adapter: AdapterConfig | None = None,
+        training: bool = False,
     ) -> FusedQLoRALinear:
+        """A layer that shares the bytes of `qw` `[out_features, in_features]` and, if there is one, the bias.
+
+        Args:
+            adapter: of the adapter called "default"; None for none.
+
+        Raises:
+            ValueError: `compute_dtype` is out of range.
+        """
         self = cls.__new__(cls)
         self._setup(qw, bias, compute_dtype, adapter)
         return self.train(training)
@@ -253,7 +173,7 @@ class FusedQLoRALinear(PackedWeight, nn.Module):
             raise TypeError(f"linear must be a torch.nn.Linear, got {type(linear).__name__}")
         adapter = AdapterConfig(r, lora_alpha, lora_dropout, use_rslora) if r else None
         qw = quantize(linear.weight, quant_type, blocksize, double_quant, quant_storage)
-        return cls._build(qw, linear.bias, compute_dtype, adapter, linear.training)
+        return cls.from_quantized(qw, linear.bias, compute_dtype, adapter, linear.training)
 
     @classmethod
     def from_bitsandbytes(
@@ -278,33 +198,34 @@ class FusedQLoRALinear(PackedWeight, nn.Module):
             raise TypeError(f"linear must be a bitsandbytes.nn.Linear4bit, got {type(linear).__name__}")
         adapter = AdapterConfig(r, lora_alpha, lora_dropout, use_rslora) if r else None
         qw = QuantizedWeight.from_bitsandbytes(linear.weight)
-        return cls._build(qw, linear.bias, compute_dtype or linear.compute_dtype, adapter, linear.training)
+        return cls.from_quantized(qw, linear.bias, compute_dtype or linear.compute_dtype, adapter, linear.training)
 
     # ---- the layer
 
     def forward(self, x: Tensor) -> Tensor:
         """`x [*, in_features]` -> `[*, out_features]`."""
-        y = linears(_cast(x, self.compute_dtype), (self._parts(),))[0] if self._group is None else self._group.compute(self, x)
+        y = linears(cast(x, self.compute_dtype), (self.as_layer(),))[0] if self.group is None else self.group.compute(self, x)
         return y if self.compute_dtype is None else y.to(x.dtype)
 
-    def _parts(self) -> FlatLayer:
-        # the dictionaries are read directly: nn.Module's attribute lookup would cost more than a small product
+    def as_layer(self) -> Layer:
+        """The layer as it computes now, for `lora_kernels.autograd.linears`."""
+        # read directly: nn.Module's attribute lookup would cost more than a small product
         parameters, buffers, name = self._parameters, self._buffers, self.active_adapter
         shape, _, quant_type, blocksize = self._weight_meta
-        scales = buffers["absmax"], buffers["absmax2"], buffers["code2"], buffers["offset"]
-        weight = parameters["weight"], *scales, shape, quant_type, blocksize
-        if name is None or self._unmerged is not None or not self.adapters_enabled:
-            return *weight, None, None, 1.0, parameters["bias"], 0.0, None
-        adapter = self.adapters[name]
-        A, B = self.lora_matrices(name)
-        dropout_p = adapter.lora_dropout if self.training else 0.0
-        return *weight, A, B, adapter.scaling, parameters["bias"], dropout_p, None
+        packed, bias = parameters["weight"], parameters["bias"]
+        absmax, absmax2, code2, offset = buffers["absmax"], buffers["absmax2"], buffers["code2"], buffers["offset"]
+        A = B = None
+        scaling, dropout_p = 1.0, 0.0
+        if name is not None and self._unmerged is None and self.adapters_enabled:
+            adapter = self.adapters[name]
+            A, B = self.lora_matrices(name)
+            scaling, dropout_p = adapter.scaling, adapter.lora_dropout if self.training else 0.0
+        return Layer(packed, absmax, absmax2, code2, offset, shape, quant_type, blocksize, A, B, scaling, bias, dropout_p)  # type: ignore[arg-type]
 
     @property
     def quantized_weight(self) -> QuantizedWeight:
         """The base weight `[out_features, in_features]` as it is now (merged or not), sharing memory with the layer."""
-        packed, absmax, absmax2, code2, offset = self._parts()[:5]
-        return QuantizedWeight(packed, absmax, absmax2, code2, offset, *self._weight_meta)
+        return QuantizedWeight(self.weight, self.absmax, self.absmax2, self.code2, self.offset, *self._weight_meta)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The base weight `[out_features, in_features]` as it is now, in `dtype` (default: that before quantization)."""
@@ -315,9 +236,9 @@ class FusedQLoRALinear(PackedWeight, nn.Module):
         """The packed weight, under the name by which PEFT knows a layer that has a `dequantize`."""
         return self.weight
 
-    def _set_weight(self, qw: QuantizedWeight) -> None:
+    def set_weight(self, qw: QuantizedWeight) -> None:
         self.weight = nn.Parameter(qw.packed.detach(), requires_grad=False)
-        for name in _SCALES:
+        for name in SCALES:
             self.register_buffer(name, getattr(qw, name), persistent=False)
         self._weight_meta = (qw.shape, qw.dtype, qw.quant_type, qw.blocksize)
 
@@ -332,26 +253,9 @@ class FusedQLoRALinear(PackedWeight, nn.Module):
 
     def lora_matrices(self, name: str) -> tuple[Tensor, Tensor]:
         """The parameters `lora_A [r, in_features]` and `lora_B [out_features, r]` of an adapter."""
-        if self._shortcut is not None:
-            of_A, A, parameters_A, of_B, B, parameters_B = self._shortcut
-            if of_A.get(name) is A and of_B.get(name) is B:
-                return parameters_A["weight"], parameters_B["weight"]
         modules: dict[str, Any] = self._modules
         A, B = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
         return A._parameters["weight"], B._parameters["weight"]
-
-    def _find_shortcut(self) -> None:
-        """To the matrices of the active adapter: the dictionaries at the end of the way through three nn.Modules, which takes
-        3 % of the time in which SmolLM2-135M decodes a token."""
-        self._shortcut = None
-        if (name := self.active_adapter) is not None:
-            A, B = self.lora_A[name], self.lora_B[name]
-            self._shortcut = self.lora_A._modules, A, A._parameters, self.lora_B._modules, B, B._parameters
-
-    def _replicate_for_data_parallel(self) -> FusedQLoRALinear:
-        replica = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
-        replica._shortcut = None  # it leads to the matrices of the original
-        return replica
 
     def add_adapter(self, name: str, config: AdapterConfig) -> None:
         """Adds an adapter (lora_A Kaiming-uniform, lora_B zero, float32) and makes it the active one.
@@ -381,7 +285,6 @@ class FusedQLoRALinear(PackedWeight, nn.Module):
             self._require_adapter(name)
         self.require_unmerged("set_adapter")
         self.active_adapter = name
-        self._find_shortcut()
         for matrices in (self.lora_A, self.lora_B):
             for other, matrix in matrices.items():
                 matrix.requires_grad_(other == name)
@@ -393,7 +296,6 @@ class FusedQLoRALinear(PackedWeight, nn.Module):
         del self.lora_A[name], self.lora_B[name], self.adapters[name]
         if self.active_adapter == name:
             self.active_adapter = None
-            self._find_shortcut()
 
     def enable_adapters(self, enabled: bool = True) -> None:
         """Switches the active adapter's part of the output on or off."""
@@ -460,7 +362,7 @@ class FusedQLoRALinear(PackedWeight, nn.Module):
         base, update = self._merged_weight()
         qw = quantize(base + update, original.quant_type, original.blocksize, original.double_quant, original.quant_storage)
         change = dequantize(qw, torch.float32) - base
-        self._set_weight(replace(qw, dtype=original.dtype))
+        self.set_weight(replace(qw, dtype=original.dtype))
         self._unmerged = original
         norm2 = update.square().sum().item()
         if norm2 == 0:
@@ -471,7 +373,7 @@ class FusedQLoRALinear(PackedWeight, nn.Module):
         """Puts the original bytes back.  Raises RuntimeError if the layer is not merged."""
         if self._unmerged is None:
             raise RuntimeError("unmerge: the layer is not merged")
-        self._set_weight(self._unmerged)
+        self.set_weight(self._unmerged)
         self._unmerged = None
 
     # ---- moving and saving
@@ -494,125 +396,3 @@ class FusedQLoRALinear(PackedWeight, nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         saved = (self._unmerged or self.quantized_weight).state_dict(f"{prefix}weight")
         destination.update({k: v if keep_vars else v.detach() for k, v in saved.items()})
-
-
-_Waiting = tuple[Tensor | None, int | None, bool, dict[FusedQLoRALinear, Tensor]]
-_NOTHING: _Waiting = (None, None, False, {})
-
-
-class InputGroup:
-    """Layers that a model calls one after another on the same x: the first call computes all of them from one read of x, the
-    others pick up their results.  A layer called on another x, or called twice, computes anew.  From the first to the last of
-    these calls the layers must stay as they are.
-
-    Args:
-        layers: at least two, of the same in_features, device and compute_dtype.
-
-    Raises:
-        ValueError: the layers can't share an input.
-    """
-
-    def __init__(self, layers: Sequence[FusedQLoRALinear]) -> None:
-        kinds = {(layer.in_features, layer.weight.device, layer.compute_dtype) for layer in layers}
-        if len(layers) < 2 or len(kinds) != 1:
-            raise ValueError(f"layers must be two or more of one in_features, device and compute_dtype, got {list(layers)}")
-        self.layers = tuple(layers)
-        self._waiting = _NOTHING  # x, its version, whether gradients are recorded, and the results
-        for layer in layers:
-            layer._group = self
-
-    def compute(self, layer: FusedQLoRALinear, x: Tensor) -> Tensor:
-        of, version, with_grad, ys = self._waiting  # read at once: another thread may put its own there
-        y = None
-        if of is x and with_grad is torch.is_grad_enabled() and version == _version(x):
-            y = ys.pop(layer, None)
-        if y is None:
-            layers = [one for one in self.layers if one.compute_dtype == layer.compute_dtype]
-            if layer not in layers:  # a replica of one
-                layers = [layer]
-            results = linears(_cast(x, layer.compute_dtype), [one._parts() for one in layers])
-            ys = dict(zip(layers, results, strict=True))
-            y = ys.pop(layer)
-            self._waiting = x, _version(x), torch.is_grad_enabled(), ys
-        if not ys:
-            self._waiting = _NOTHING
-        return y
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"layers": self.layers, "_waiting": _NOTHING}
-
-
-def _version(x: Tensor) -> int | None:
-    """How often x was written to, where that is counted."""
-    return None if torch.compiler.is_compiling() or x.is_inference() else x._version
-
-
-class GatedMLP:
-    """What a block that computes `down_proj(act_fn(gate_proj(x)) * up_proj(x))` gets in front of its class: the same from the
-    parts of its layers.  To call the layers as modules takes as long as a small layer does on a CPU.  Where such a call is more
-    than a `forward` (hooks, a compiled or another layer), the block does as before."""
-
-    _modules: dict[str, Any]
-    before: type
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        layers = self._modules
-        gate, up, down = layers["gate_proj"], layers["up_proj"], layers["down_proj"]
-        special = len(args) != 1 or kwargs or torch.compiler.is_compiling() or _has_any_global_hook()
-        if special or not (_bare(gate) and _bare(up) and _bare(down)) or gate.compute_dtype != up.compute_dtype:
-            return super().forward(*args, **kwargs)  # type: ignore[misc, no-any-return]
-        (x,) = args
-        y, z = linears(_cast(x, gate.compute_dtype), (gate._parts(), up._parts()))
-        if gate.compute_dtype is not None:
-            y, z = y.to(x.dtype), z.to(x.dtype)
-        return down.forward(layers["act_fn"](y) * z)  # type: ignore[no-any-return]
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return _new_gated_mlp, (self.before,), *super().__reduce_ex__(protocol)[2:]
-
-    @staticmethod
-    def convert(block: nn.Module) -> None:
-        """In place, if that is what the block computes."""
-        layers = [block._modules.get(name) for name in ("gate_proj", "up_proj", "down_proj")]
-        if all(map(_bare, layers)) and _formula(block) == "down_proj(mul(act_fn(gate_proj(x)), up_proj(x)))":
-            block.__class__ = _gated(type(block))  # type: ignore[arg-type]
-
-
-def _bare(layer: Any) -> bool:
-    """Whether to call a layer is to call its forward."""
-    return (
-        isinstance(layer, FusedQLoRALinear)
-        and not (layer._forward_pre_hooks or layer._forward_hooks or layer._backward_pre_hooks or layer._backward_hooks)
-        and layer._compiled_call_impl is None
-        and "forward" not in layer.__dict__
-    )
-
-
-class _Tracer(fx.Tracer):
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return True
-
-
-def _formula(block: nn.Module) -> str | None:
-    """What a block of one input x computes, in calls of its children and of functions."""
-
-    def write(node: Any) -> str:
-        if node.op == "placeholder":
-            return "x"
-        return f"{getattr(node.target, '__name__', node.target)}({', '.join(map(write, node.args))})"
-
-    try:
-        *nodes, output = _Tracer().trace(block).nodes
-        one_input = sum(node.op == "placeholder" for node in nodes) == 1
-        return write(output.args[0]) if one_input else None
-    except Exception:  # whatever tracing raises of a forward that is more than a formula
-        return None
-
-
-@functools.cache
-def _gated(cls: type) -> type:
-    return type(cls.__name__, (GatedMLP, cls), {"__module__": cls.__module__, "before": cls})
-
-
-def _new_gated_mlp(cls: type) -> Any:
-    return object.__new__(_gated(cls))

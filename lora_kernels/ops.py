@@ -15,15 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends
-from .backends import FlatLayer, Layer
-from .formats import BLOCKSIZE2, WEIGHT_DTYPES, QuantizedWeight, check_blocksize, check_quant_type, dtype_name
+from . import backends, layer
+from .formats import BLOCKSIZE2, WEIGHT_DTYPES, QuantizedWeight, check_blocksize, dtype_name
+from .layer import Layer
 
-_WEIGHT = (
-    "Tensor packed, Tensor absmax, Tensor? absmax2, Tensor? code2, Tensor? offset, int[] shape, str quant_type, int blocksize"
-)
-_LORA = "Tensor? lora_A, Tensor? lora_B, float scaling"
-_DROPOUT = "float dropout_p, Tensor? seed"
 _FLOATS = ", ".join(map(dtype_name, WEIGHT_DTYPES))
 
 _library = torch.library.Library("lora_kernels", "DEF")
@@ -33,36 +28,25 @@ call = SimpleNamespace()
 a dispatch mode), else its body at once: the dispatcher costs more than a small layer."""
 
 
-def _register(schema: str, body: Callable[..., Any], fake: Callable[..., Any], weight_at: int | None = None) -> None:
-    """Defines an op.  `body` and `fake` take a QuantizedWeight at position `weight_at`, the op its flat parts there."""
-
-    def rebuilt(fn: Callable[..., Any]) -> Callable[..., Any]:
-        if weight_at is None:
-            return fn
-
-        def flat(*args: Any) -> Any:
-            packed, absmax, absmax2, code2, offset, shape, quant_type, blocksize = args[weight_at : weight_at + 8]
-            qw = QuantizedWeight(packed, absmax, absmax2, code2, offset, tuple(shape), torch.float32, quant_type, blocksize)
-            return fn(*args[:weight_at], qw, *args[weight_at + 8 :])
-
-        return flat
+def _register(schema: str, body: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Defines an op: what it computes, and the shapes that it gives."""
 
     def without_autocast(*args: Any) -> Any:
         first = args[0] if isinstance(args[0], Tensor) else args[0][0]
         if not torch.is_autocast_enabled(first.device.type):
-            return computed(*args)
+            return body(*args)
         with torch.autocast(first.device.type, enabled=False):  # a body's own products are in the dtypes that it chose
-            return computed(*args)
+            return body(*args)
 
     def called(*args: Any) -> Any:
         if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or type(args[0]) not in PLAIN:
             return op(*args)
         return op(*args) if args[0].is_meta else without_autocast(*args)
 
-    name, computed = schema.partition("(")[0], rebuilt(body)
+    name = schema.partition("(")[0]
     _library.define(schema)
     _library.impl(name, without_autocast, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"lora_kernels::{name}", rebuilt(fake), lib=_library)
+    torch.library.register_fake(f"lora_kernels::{name}", fake, lib=_library)
     op = getattr(torch.ops.lora_kernels, name)
     setattr(call, name, called)
 
@@ -85,13 +69,12 @@ def check_quantize(weight: Tensor, quant_type: str, blocksize: int) -> None:
         raise TypeError(f"weight must be one of {_FLOATS}, got {dtype_name(weight.dtype)}")
     if weight.numel() == 0:
         raise ValueError(f"weight must have at least one element, got shape {list(weight.shape)}")
-    check_quant_type(quant_type)
-    check_blocksize(blocksize)
+    check_blocksize(blocksize, quant_type)
 
 
 def _quantize(weight: Tensor, quant_type: str, blocksize: int, double_quant: bool) -> tuple[Tensor, ...]:
     check_quantize(weight, quant_type, blocksize)
-    parts = backends.pick(weight.device).quantize(weight.contiguous(), quant_type, blocksize, double_quant)
+    parts = backends.pick("quantize", weight.device).quantize(weight.contiguous(), quant_type, blocksize, double_quant)
     return tuple(weight.new_empty(0, dtype=torch.float32) if t is None else t for t in parts)
 
 
@@ -125,7 +108,8 @@ def check_decode_absmax(absmax: Tensor, absmax2: Tensor, code2: Tensor, offset: 
 
 def _decode_absmax(absmax: Tensor, absmax2: Tensor, code2: Tensor, offset: Tensor) -> Tensor:
     check_decode_absmax(absmax, absmax2, code2, offset)
-    return backends.pick(absmax.device).decode_absmax(absmax.contiguous(), absmax2.contiguous(), code2.contiguous(), offset)
+    backend = backends.pick("decode_absmax", absmax.device)
+    return backend.decode_absmax(absmax.contiguous(), absmax2.contiguous(), code2.contiguous(), offset)
 
 
 def _decode_absmax_fake(absmax: Tensor, absmax2: Tensor, code2: Tensor, offset: Tensor) -> Tensor:
@@ -147,22 +131,25 @@ def check_dequantize(qw: QuantizedWeight, dtype: torch.dtype) -> None:
     _check_weight(qw, qw.device)
 
 
-def _dequantize(qw: QuantizedWeight, dtype: torch.dtype) -> Tensor:
+def _dequantize(*args: Any) -> Tensor:
+    *parts, dtype = args
+    qw = layer.weight_from_args(parts)
     check_dequantize(qw, dtype)
-    return backends.pick(qw.device).dequantize(qw, dtype)
+    return backends.pick("dequantize", qw.device).dequantize(qw, dtype)
 
 
-def _dequantize_fake(qw: QuantizedWeight, dtype: torch.dtype) -> Tensor:
+def _dequantize_fake(*args: Any) -> Tensor:
+    *parts, dtype = args
+    qw = layer.weight_from_args(parts)
     check_dequantize(qw, dtype)
     return qw.packed.new_empty(qw.shape, dtype=dtype)
 
 
-_register(f"dequantize({_WEIGHT}, ScalarType dtype) -> Tensor", _dequantize, _dequantize_fake, weight_at=0)
+_register(f"dequantize({layer.schema(weight_only=True)}, ScalarType dtype) -> Tensor", _dequantize, _dequantize_fake)
 
 
 def _check_weight(qw: QuantizedWeight, device: torch.device) -> None:
-    check_quant_type(qw.quant_type)
-    check_blocksize(qw.blocksize)
+    check_blocksize(qw.blocksize, qw.quant_type)
     if qw.numel == 0:
         raise ValueError(f"weight must have at least one element, got shape {list(qw.shape)}")
     qw.check()
@@ -172,23 +159,18 @@ def _check_weight(qw: QuantizedWeight, device: torch.device) -> None:
             raise ValueError(f"weight.{name} must be on {device}, got {t.device}")
 
 
-# ---- qlora_linear
+# ---- qlora_linear: layers on one x
 
 
-def check_qlora_linear(
-    x: Tensor,
-    qw: QuantizedWeight,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
-    scaling: float,
-    bias: Tensor | None,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> None:
-    _check_input("x", x, 1, "K", qw)
-    _check_lora(x, qw, lora_A, lora_B, scaling, dropout_p, seed)
-    if bias is not None:
-        _check_parameter("bias", bias, (qw.shape[0],), "[N]", x)
+def check_qlora_linear(x: Tensor, layers: Sequence[Layer]) -> None:
+    if not layers:
+        raise ValueError("weights must hold at least one QuantizedWeight, got none")
+    for one in layers:
+        qw = one.weight
+        _check_input("x", x, 1, "K", qw)
+        _check_lora(x, qw, one)
+        if one.bias is not None:
+            _check_parameter("bias", one.bias, (qw.shape[0],), "[N]", x)
 
 
 def _check_input(name: str, t: Tensor, axis: int, letter: str, qw: QuantizedWeight) -> None:
@@ -216,245 +198,161 @@ def _check_parameter(name: str, t: Tensor, shape: tuple[int, ...], letters: str,
         raise ValueError(f"{name} must be on {x.device} like the input, got {t.device}")
 
 
-def _check_lora(
-    x: Tensor,
-    qw: QuantizedWeight,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
-    scaling: float,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> None:
-    for name, t in (("lora_A", lora_A), ("lora_B", lora_B)):
+def _check_lora(x: Tensor, qw: QuantizedWeight, one: Layer) -> None:
+    A, B, p, seed = one.lora_A, one.lora_B, one.dropout_p, one.seed
+    for name, t in (("lora_A", A), ("lora_B", B)):
         if not isinstance(t, Tensor | None):
             raise TypeError(f"{name} must be a torch.Tensor or None, got {type(t).__name__}")
-    if (lora_A is None) != (lora_B is None):
-        given, missing = ("lora_A", "lora_B") if lora_B is None else ("lora_B", "lora_A")
+    if (A is None) != (B is None):
+        given, missing = ("lora_A", "lora_B") if B is None else ("lora_B", "lora_A")
         raise ValueError(f"lora_A and lora_B must be given together, got {given} without {missing}")
-    if not math.isfinite(scaling):
-        raise ValueError(f"scaling must be a finite number, got {scaling}")
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
-    if lora_A is None or lora_B is None:
-        if dropout_p:
-            raise ValueError(f"dropout_p acts on the input of lora_A, which is None: it must be 0, got {dropout_p}")
+    if not math.isfinite(one.scaling):
+        raise ValueError(f"scaling must be a finite number, got {one.scaling}")
+    if not 0 <= p < 1:
+        raise ValueError(f"dropout_p must be in [0, 1), got {p}")
+    if A is None or B is None:
+        if p:
+            raise ValueError(f"dropout_p acts on the input of lora_A, which is None: it must be 0, got {p}")
         return
     N, K = qw.shape
-    r = lora_A.shape[0] if lora_A.dim() == 2 else 0
+    r = A.shape[0] if A.dim() == 2 else 0
     if r == 0:
-        raise ValueError(f"lora_A must be [r, K] = [r, {K}] with r >= 1, got {list(lora_A.shape)}")
-    _check_parameter("lora_A", lora_A, (r, K), "[r, K]", x)
-    _check_parameter("lora_B", lora_B, (N, r), "[N, r]", x)
-    if dropout_p and (seed is None or seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != x.device):
+        raise ValueError(f"lora_A must be [r, K] = [r, {K}] with r >= 1, got {list(A.shape)}")
+    _check_parameter("lora_A", A, (r, K), "[r, K]", x)
+    _check_parameter("lora_B", B, (N, r), "[N, r]", x)
+    if p and (seed is None or seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != x.device):
         raise ValueError(f"seed must be int64 [1] on {x.device} when dropout_p > 0, got {_describe(seed)}")
 
 
-def _contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    return tuple(None if t is None else t.contiguous() for t in tensors)
+def _contiguous(one: Layer) -> Layer:
+    """The adapter and the bias contiguous; a backend sees to the weight itself."""
+    parts = one.lora_A, one.lora_B, one.bias
+    if all(t is None or t.is_contiguous() for t in parts):
+        return one
+    A, B, bias = (None if t is None else t.contiguous() for t in parts)
+    return one._replace(lora_A=A, lora_B=B, bias=bias)
 
 
-def _qlora_linear(
-    x: Tensor,
-    qw: QuantizedWeight,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
-    scaling: float,
-    bias: Tensor | None,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    check_qlora_linear(x, qw, lora_A, lora_B, scaling, bias, dropout_p, seed)
-    x_, A, B, bias = _contiguous(x, lora_A, lora_B, bias)
-    return backends.pick(x.device).qlora_linear(x_, qw, A, B, scaling, bias, dropout_p, seed)
+def _linear(x: Tensor, layers: Sequence[Layer]) -> tuple[list[Tensor], list[Tensor]]:
+    check_qlora_linear(x, layers)
+    return backends.pick("qlora_linear", x.device).qlora_linear(x.contiguous(), [_contiguous(one) for one in layers])
 
 
-def _qlora_linear_fake(
-    x: Tensor,
-    qw: QuantizedWeight,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
-    scaling: float,
-    bias: Tensor | None,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    check_qlora_linear(x, qw, lora_A, lora_B, scaling, bias, dropout_p, seed)
-    return x.new_empty(x.shape[0], qw.shape[0]), x.new_empty(x.shape[0], 0 if lora_A is None else lora_A.shape[0])
+def _linear_fake(x: Tensor, layers: Sequence[Layer]) -> tuple[list[Tensor], list[Tensor]]:
+    check_qlora_linear(x, layers)
+    return [x.new_empty(x.shape[0], one.shape[0]) for one in layers], [x.new_empty(x.shape[0], one.r) for one in layers]
 
 
-_register(
-    f"qlora_linear(Tensor x, {_WEIGHT}, {_LORA}, Tensor? bias, {_DROPOUT}) -> (Tensor, Tensor)",
-    _qlora_linear,
-    _qlora_linear_fake,
-    weight_at=1,
-)
+def _single(linear: Callable[..., Any]) -> Callable[..., tuple[Tensor, Tensor]]:
+    def computed(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+        (y,), (h,) = linear(x, [layer.from_args(args)])
+        return y, h
+
+    return computed
+
+
+def _group(linear: Callable[..., Any]) -> Callable[..., list[Tensor]]:
+    def computed(x: Tensor, *lists: Any) -> list[Tensor]:
+        ys, hs = linear(x, layer.from_lists(x.shape[1], lists))
+        return [*ys, *hs]
+
+    return computed
+
+
+_register(f"qlora_linear(Tensor x, {layer.schema()}) -> (Tensor, Tensor)", _single(_linear), _single(_linear_fake))
+_register(f"qlora_linear_group(Tensor x, {layer.lists_schema()}) -> Tensor[]", _group(_linear), _group(_linear_fake))
 
 
 # ---- qlora_linear_backward
 
 
 def check_qlora_linear_backward(
-    dy: Tensor,
+    dys: Sequence[Tensor],
     x: Tensor | None,
-    h: Tensor | None,
-    qw: QuantizedWeight,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
-    scaling: float,
-    dropout_p: float,
-    seed: Tensor | None,
-    needs: list[bool],
+    hs: Sequence[Tensor | None],
+    layers: Sequence[Layer],
+    needs: Sequence[tuple[bool, ...]],
 ) -> None:
-    _check_input("dy", dy, 0, "N", qw)
-    _check_lora(dy, qw, lora_A, lora_B, scaling, dropout_p, seed)
-    if len(needs) != 4:
-        raise ValueError(f"needs must be 4 flags (dx, dA, dB, dbias), got {list(needs)}")
-    if (needs[1] or needs[2]) and lora_A is None:
-        raise ValueError(f"needs asks for dA or dB, but lora_A is None: needs = {list(needs)}")
-    M, r = dy.shape[0], 0 if lora_A is None else lora_A.shape[0]
-    for name, t, need, width in (("x", x, needs[1], qw.shape[1]), ("h", h, needs[2], r)):
-        if need and (t is None or tuple(t.shape) != (M, width) or t.dtype != dy.dtype or t.device != dy.device):
-            raise ValueError(f"{name} must be {dtype_name(dy.dtype)} {[M, width]} on {dy.device}, got {_describe(t)}")
+    for dy, h, one, (need_dA, need_dB, _) in zip(dys, hs, layers, needs, strict=True):
+        qw, M = one.weight, dy.shape[0]
+        _check_input("dy", dy, 0, "N", qw)
+        _check_lora(dy, qw, one)
+        if (need_dA or need_dB) and one.lora_A is None:
+            raise ValueError(f"needs asks for dA or dB, but lora_A is None: needs = {[need_dA, need_dB]}")
+        for name, t, need, width in (("x", x, need_dA, qw.shape[1]), ("h", h, need_dB, one.r)):
+            if need and (t is None or tuple(t.shape) != (M, width) or t.dtype != dy.dtype or t.device != dy.device):
+                raise ValueError(f"{name} must be {dtype_name(dy.dtype)} {[M, width]} on {dy.device}, got {_describe(t)}")
 
 
-def _qlora_linear_backward(
-    dy: Tensor,
+def _backward(
+    dys: Sequence[Tensor],
     x: Tensor | None,
-    h: Tensor | None,
-    qw: QuantizedWeight,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
-    scaling: float,
-    dropout_p: float,
-    seed: Tensor | None,
-    needs: list[bool],
+    hs: Sequence[Tensor | None],
+    layers: Sequence[Layer],
+    need_dx: bool,
+    needs: Sequence[tuple[bool, ...]],
 ) -> tuple[Tensor, ...]:
-    check_qlora_linear_backward(dy, x, h, qw, lora_A, lora_B, scaling, dropout_p, seed, needs)
-    dy_, x, h, A, B = _contiguous(dy, x if needs[1] else None, h if needs[2] else None, lora_A, lora_B)
-    backend = backends.pick(dy.device)
-    grads = backend.qlora_linear_backward(dy_, x, h, qw, A, B, scaling, dropout_p, seed, tuple(needs))
-    return tuple(dy.new_empty(0) if g is None else g for g in grads)
+    """dx, then dA, dB and dbias of each layer, with empty tensors in the place of what is not wanted."""
+    check_qlora_linear_backward(dys, x, hs, layers, needs)
+    x = x.contiguous() if x is not None and any(need_dA for need_dA, _, _ in needs) else None
+    hs = [h.contiguous() if h is not None and need_dB else None for h, (_, need_dB, _) in zip(hs, needs, strict=True)]
+    dys, layers = [dy.contiguous() for dy in dys], [_contiguous(one) for one in layers]
+    backend = backends.pick("qlora_linear_backward", dys[0].device)
+    dx, dAs, dBs, dbiases = backend.qlora_linear_backward(dys, x, hs, layers, need_dx, needs)
+    return tuple(dys[0].new_empty(0) if g is None else g for g in (dx, *dAs, *dBs, *dbiases))
 
 
-def _qlora_linear_backward_fake(
-    dy: Tensor,
+def _backward_fake(
+    dys: Sequence[Tensor],
     x: Tensor | None,
-    h: Tensor | None,
-    qw: QuantizedWeight,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
-    scaling: float,
-    dropout_p: float,
-    seed: Tensor | None,
-    needs: list[bool],
+    hs: Sequence[Tensor | None],
+    layers: Sequence[Layer],
+    need_dx: bool,
+    needs: Sequence[tuple[bool, ...]],
 ) -> tuple[Tensor, ...]:
-    check_qlora_linear_backward(dy, x, h, qw, lora_A, lora_B, scaling, dropout_p, seed, needs)
-    N, K = qw.shape
-    dbias_dtype = torch.float64 if dy.dtype == torch.float64 else torch.float32
-    return (
-        dy.new_empty((dy.shape[0], K) if needs[0] else 0),
-        dy.new_empty(0) if lora_A is None or not needs[1] else lora_A.new_empty(lora_A.shape),
-        dy.new_empty(0) if lora_B is None or not needs[2] else lora_B.new_empty(lora_B.shape),
-        dy.new_empty(N if needs[3] else 0, dtype=dbias_dtype if needs[3] else dy.dtype),
-    )
+    check_qlora_linear_backward(dys, x, hs, layers, needs)
+    first = dys[0]
+    dx = first.new_empty((first.shape[0], layers[0].shape[1]) if need_dx else 0)
+    dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
+
+    def like(t: Tensor | None, wanted: bool) -> Tensor:
+        return first.new_empty(0) if t is None or not wanted else t.new_empty(t.shape)
+
+    each = list(zip(layers, needs, strict=True))
+    dAs = [like(one.lora_A, need_dA) for one, (need_dA, _, _) in each]
+    dBs = [like(one.lora_B, need_dB) for one, (_, need_dB, _) in each]
+    dbiases = [first.new_empty(one.shape[0], dtype=dtype) if need[2] else first.new_empty(0) for one, need in each]
+    return dx, *dAs, *dBs, *dbiases
+
+
+def _single_backward(backward: Callable[..., Any]) -> Callable[..., tuple[Tensor, ...]]:
+    def computed(dy: Tensor, x: Tensor | None, h: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
+        *fields, needs = args
+        if len(needs) != 4:
+            raise ValueError(f"needs must be 4 flags (dx, dA, dB, dbias), got {list(needs)}")
+        return backward([dy], x, [h], [layer.from_args(fields, "bias")], needs[0], [tuple(needs[1:])])
+
+    return computed
+
+
+def _group_backward(backward: Callable[..., Any]) -> Callable[..., list[Tensor]]:
+    def computed(dys: list[Tensor], x: Tensor | None, hs: list[Tensor | None], K: int, *args: Any) -> list[Tensor]:
+        *lists, need_dx, needs = args
+        each = [(needs[i], needs[i + 1], needs[i + 2]) for i in range(0, len(needs), 3)]
+        return list(backward(dys, x, hs, layer.from_lists(K, lists), need_dx, each))
+
+    return computed
 
 
 _register(
-    f"qlora_linear_backward(Tensor dy, Tensor? x, Tensor? h, {_WEIGHT}, {_LORA}, {_DROPOUT}, bool[] needs)"
+    f"qlora_linear_backward(Tensor dy, Tensor? x, Tensor? h, {layer.schema('bias')}, bool[] needs)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
-    _qlora_linear_backward,
-    _qlora_linear_backward_fake,
-    weight_at=3,
+    _single_backward(_backward),
+    _single_backward(_backward_fake),
 )
-
-
-# ---- qlora_linear_group: several layers on one x
-
-_WEIGHTS = (
-    "Tensor[] packed, Tensor[] absmax, Tensor?[] absmax2, Tensor?[] code2, Tensor?[] offset, "
-    "int[] N, str[] quant_type, int[] blocksize"
-)
-_LORAS = "Tensor?[] lora_A, Tensor?[] lora_B, float[] scaling, Tensor?[] bias, float[] dropout_p, Tensor?[] seed"
-
-
-def group_args(layers: Sequence[FlatLayer]) -> list[list[Any]]:
-    """The list arguments by which the group ops take `layers`."""
-    lists = [list(part) for part in zip(*layers, strict=True)]
-    lists[5] = [N for N, _ in lists[5]]
-    return lists
-
-
-def _layers(K: int, args: Sequence[Sequence[Any]]) -> list[Layer]:
-    layers = []
-    for packed, absmax, absmax2, code2, offset, N, quant_type, blocksize, *rest in zip(*args, strict=True):
-        qw = QuantizedWeight(packed, absmax, absmax2, code2, offset, (N, K), torch.float32, quant_type, blocksize)
-        A, B, scaling, bias, dropout_p, seed = rest
-        layers.append((qw, *_contiguous(A, B), scaling, *_contiguous(bias), dropout_p, seed))
-    return layers
-
-
-def _check_group(x: Tensor, layers: list[Layer]) -> None:
-    if not layers:
-        raise ValueError("weights must hold at least one QuantizedWeight, got none")
-    for layer in layers:
-        check_qlora_linear(x, *layer)
-
-
-def _qlora_linear_group(x: Tensor, *args: Any) -> list[Tensor]:
-    layers = _layers(x.shape[1], args)
-    _check_group(x, layers)
-    ys, hs = backends.pick(x.device).qlora_linear_group(x.contiguous(), layers)
-    return [*ys, *hs]
-
-
-def _qlora_linear_group_fake(x: Tensor, *args: Any) -> list[Tensor]:
-    layers = _layers(x.shape[1], args)
-    _check_group(x, layers)
-    return [x.new_empty(x.shape[0], qw.shape[0]) for qw, *_ in layers] + [
-        x.new_empty(x.shape[0], 0 if A is None else A.shape[0]) for _, A, *_ in layers
-    ]
-
-
-_register(f"qlora_linear_group(Tensor x, {_WEIGHTS}, {_LORAS}) -> Tensor[]", _qlora_linear_group, _qlora_linear_group_fake)
-
-
-def _check_group_backward(
-    dys: list[Tensor], x: Tensor | None, hs: list[Tensor | None], layers: list[Layer], need_dx: bool, needs: list[bool]
-) -> list[tuple[bool, bool, bool]]:
-    each = [(needs[i], needs[i + 1], needs[i + 2]) for i in range(0, len(needs), 3)]
-    for dy, h, (qw, A, B, scaling, _, dropout_p, seed), need in zip(dys, hs, layers, each, strict=True):
-        check_qlora_linear_backward(dy, x, h, qw, A, B, scaling, dropout_p, seed, [need_dx, *need])
-    return each
-
-
-def _qlora_linear_group_backward(
-    dys: list[Tensor], x: Tensor | None, hs: list[Tensor | None], K: int, *args: Any
-) -> list[Tensor]:
-    *lists, need_dx, needs = args
-    layers = _layers(K, lists)
-    each = _check_group_backward(dys, x, hs, layers, need_dx, needs)
-    backend = backends.pick(dys[0].device)
-    x, *hs = _contiguous(x, *hs)
-    dx, dAs, dBs, dbiases = backend.qlora_linear_group_backward([dy.contiguous() for dy in dys], x, hs, layers, need_dx, each)
-    return [dys[0].new_empty(0) if g is None else g for g in (dx, *dAs, *dBs, *dbiases)]
-
-
-def _qlora_linear_group_backward_fake(
-    dys: list[Tensor], x: Tensor | None, hs: list[Tensor | None], K: int, *args: Any
-) -> list[Tensor]:
-    *lists, need_dx, needs = args
-    layers = _layers(K, lists)
-    each = _check_group_backward(dys, x, hs, layers, need_dx, needs)
-    parts: list[tuple[Tensor, ...]] = []
-    for dy, h, (qw, A, B, scaling, _, dropout_p, seed), need in zip(dys, hs, layers, each, strict=True):
-        flags = [need_dx and not parts, *need]
-        parts.append(_qlora_linear_backward_fake(dy, x, h, qw, A, B, scaling, dropout_p, seed, flags))
-    return [parts[0][0], *(part[i] for i in (1, 2, 3) for part in parts)]
-
-
 _register(
-    f"qlora_linear_group_backward(Tensor[] dy, Tensor? x, Tensor?[] h, int K, {_WEIGHTS}, {_LORAS}, bool need_dx, bool[] needs)"
-    " -> Tensor[]",
-    _qlora_linear_group_backward,
-    _qlora_linear_group_backward_fake,
+    f"qlora_linear_group_backward(Tensor[] dy, Tensor? x, Tensor?[] h, int K, {layer.lists_schema()}, bool need_dx, "
+    "bool[] needs) -> Tensor[]",
+    _group_backward(_backward),
+    _group_backward(_backward_fake),
 )

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .autograd import quantize
 from .formats import FORMATS, QuantizedWeight
+from .layer import Layer
 
 Results = dict[str, Tensor]
 """`y` and whichever of `dx`, `dA`, `dB`, `dbias` were asked for."""
@@ -64,11 +65,16 @@ class Inputs:
     case: Case
     x: Tensor
     qw: QuantizedWeight
-    lora_A: Tensor | None  # noqa: N815
-    lora_B: Tensor | None  # noqa: N815
+    lora_A: Tensor | None
+    lora_B: Tensor | None
     bias: Tensor | None
     dy: Tensor
     seed: Tensor | None
+
+    @property
+    def layer(self) -> Layer:
+        c = self.case
+        return Layer.of(self.qw, self.lora_A, self.lora_B, c.scaling, self.bias, c.dropout, self.seed)
 
 
 def make_inputs(case: Case, seed: int = 0, device: torch.device | str = "cpu") -> Inputs:

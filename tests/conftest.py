@@ -52,7 +52,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_report_header(config: pytest.Config) -> str:
-    running = ", ".join(f"{n}: {why}" if why else n for n, why in backends.choices(CPU))
+    running = ", ".join(f"{n}: {why}" if why else n for n, why in backends.choices("qlora_linear", CPU))
     lines = [f"random inputs: --seed {config.option.seed}", f"backends of the CPU: {running}"]
     if native.unavailable(CPU) is None:
         extension = native.extension()

@@ -95,7 +95,12 @@ def wrong_backend(monkeypatch: pytest.MonkeyPatch, op: str, spoil: Any) -> None:
 
 
 def scaled(index: int, by: float = 1.02) -> Any:
-    return lambda out: tuple(t * by if i == index and t is not None else t for i, t in enumerate(out))
+    """Spoils a result of an op on a list of layers: dx, which is one tensor, or that of each layer."""
+
+    def spoil(part: Any) -> Any:
+        return [None if t is None else t * by for t in part] if isinstance(part, list) else part * by
+
+    return lambda out: tuple(spoil(part) if i == index else part for i, part in enumerate(out))
 
 
 LAYER = cases.case(5, 48, 96)
@@ -110,7 +115,7 @@ WRONG = {
     "one element": (
         bench_layer.Forward(LAYER, CPU, True),
         "qlora_linear",
-        lambda out: (out[0].index_fill(1, torch.tensor([7]), 0), out[1]),
+        lambda out: ([y.index_fill(1, torch.tensor([7]), 0) for y in out[0]], out[1]),
     ),
 }
 

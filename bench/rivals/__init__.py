@@ -65,7 +65,7 @@ def clone(qw: lk.QuantizedWeight) -> lk.QuantizedWeight:
 def ours(inputs: Inputs, W: Tensor) -> Layer:
     qw, r = clone(inputs.qw), inputs.case.r
     config = lk.AdapterConfig(r, inputs.case.scaling * r) if r else None
-    layer = lk.FusedQLoRALinear._build(qw, None, None, config, training=True)
+    layer = lk.FusedQLoRALinear.from_quantized(qw, None, None, config, training=True)
     leaves = _set(layer.lora_matrices("default"), inputs) if r else ()
     return Layer(layer, leaves, qw.nbytes)
 

@@ -294,7 +294,7 @@ def verify(
     console = _quiet(model)
     from rich.table import Column, Table
 
-    from ..model import verify as report_on
+    from ..report import verify as report_on
 
     loaded, _, _ = _load(model, adapter)
     report = report_on(loaded)

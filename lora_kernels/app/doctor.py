@@ -108,11 +108,11 @@ def _problem(device: torch.device) -> str | None:
 def _choice(device: torch.device) -> str:
     """Which backend `device` gets, and what stands in the way of each better one."""
     try:
-        chosen = backends.pick(device).__name__.rpartition(".")[2]
+        chosen = backends.picked("qlora_linear", device)
     except RuntimeError as e:
         return f"{device}: no backend: {e}"
     lines = [f"{device}: {chosen}"]
-    for name, reason in backends.choices(device):
+    for name, reason in backends.choices("qlora_linear", device):
         if name == chosen:
             break
         lines.append(f"  better: {name}; not now: {reason or 'another is forced'}")

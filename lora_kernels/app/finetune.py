@@ -31,8 +31,9 @@ from ..adapter_files import CONFIG, WEIGHTS, load_adapter, save_adapter
 from ..allocator import keep_freed_memory
 from ..formats import check_blocksize, check_quant_type, dtype_name
 from ..integrations.transformers import add_adapters, load_model
-from ..model import Report, apply_qlora, fused_layers, group_projections, verify
+from ..model import apply_qlora, fused_layers, group_projections
 from ..nn import AdapterConfig
+from ..report import Report, verify
 from ..version import __version__
 from . import threads
 from .data import Collator, Example, Record, encode, read_records, split
@@ -466,7 +467,7 @@ def _facts(model: nn.Module, report: Report, settings: Settings) -> dict[str, An
         "threads": torch.get_num_threads(),
         "device": str(settings.torch_device),
         "dtype": dtype_name(settings.torch_dtype),
-        "backend": backends.pick(settings.torch_device).__name__.rpartition(".")[2],
+        "backend": backends.picked("qlora_linear", settings.torch_device),
         "processes": processes.world_size(),
         "linear_layers": len(weights),
         "fused_layers": len(report.fused),

@@ -1,6 +1,8 @@
-"""Which backend computes an op: the first one, in the order below, that can run on the device.
+"""Which backend computes an op: the first one, in the order below, that has the op and can run on the device.
 
-A backend is a module that has a function for every op and `unavailable(device)`, which says why it can't run there, or None.
+A backend is a module that has `unavailable(device)`, which says why it can't run there, or None, and some of the functions of
+`OPS`, as `reference` defines them.  A single layer is a list of one.  It may also have `qlora_linear_autograd` (see
+`lora_kernels.autograd`).
 """
 
 from __future__ import annotations
@@ -10,19 +12,12 @@ import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from .. import env
-from ..formats import QuantizedWeight
 
-Layer = tuple[QuantizedWeight, Tensor | None, Tensor | None, float, Tensor | None, float, Tensor | None]
-"""What `qlora_linear` takes after x: weight, lora_A, lora_B, scaling, bias, dropout_p, seed."""
-FlatLayer = tuple[Any, ...]
-"""A `Layer` with the parts of its weight (`QuantizedWeight.op_args`) in place of the weight."""
-
+OPS = ("quantize", "decode_absmax", "dequantize", "qlora_linear", "qlora_linear_backward")
 ORDER = {"cpu": ("native", "reference"), "cuda": ("triton", "native", "reference")}
 """Backends of each device type, best first; other devices have `reference` alone."""
 NAMES = ("triton", "native", "reference")
@@ -48,28 +43,35 @@ def forced() -> str | None:
     return name
 
 
-def pick(device: torch.device) -> ModuleType:
-    """The backend that computes on `device`.
+def pick(op: str, device: torch.device) -> ModuleType:
+    """The backend that computes `op`, one of `OPS`, on `device`.
 
     Raises:
-        RuntimeError: a backend is forced that can't run there.
+        RuntimeError: a backend is forced that can't.
     """
     name = forced()
     if name is not None:
-        reason = load(name).unavailable(device)
-        if reason is not None:
+        if (reason := why_not(name, op, device)) is not None:
             raise RuntimeError(f"backend {name!r} is forced but can't run on {device}: {reason}")
         return load(name)
-    for name in order(device):
-        backend = load(name)
-        if backend.unavailable(device) is None:
-            break
-    return backend
+    return load(next(name for name in order(device) if why_not(name, op, device) is None))
 
 
-def choices(device: torch.device) -> list[tuple[str, str | None]]:
-    """Each backend of `device`, best first, with the reason why it can't run, or None."""
-    return [(name, load(name).unavailable(device)) for name in order(device)]
+def picked(op: str, device: torch.device) -> str:
+    """The name of the backend that `pick` gives."""
+    return pick(op, device).__name__.rpartition(".")[2]
+
+
+def why_not(name: str, op: str, device: torch.device) -> str | None:
+    """Why a backend can't compute `op` on `device`, or None."""
+    backend = load(name)
+    reason: str | None = backend.unavailable(device)
+    return f"it has no {op}" if reason is None and not hasattr(backend, op) else reason
+
+
+def choices(op: str, device: torch.device) -> list[tuple[str, str | None]]:
+    """Each backend of `device`, best first, with the reason why it can't compute `op`, or None."""
+    return [(name, why_not(name, op, device)) for name in order(device)]
 
 
 @contextmanager

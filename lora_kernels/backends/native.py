@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from ..formats import DYNAMIC_MAP, QuantizedWeight
+from ..layer import Layer
 from ..requirements import PIP, numbers
 from ..version import __version__
-from . import FlatLayer, Layer
 
 _PACKAGE = Path(__file__).parents[1]
 
@@ -162,11 +162,6 @@ def extension() -> Any:
     return module
 
 
-def _flat(layers: Sequence[Layer]) -> list[tuple[Any, ...]]:
-    """Layers as the extension takes them: the parts of the weight, then the rest."""
-    return [(*qw.op_args(), *rest) for qw, *rest in layers]
-
-
 def quantize(
     weight: Tensor, quant_type: str, blocksize: int, double_quant: bool
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -181,21 +176,22 @@ def dequantize(qw: QuantizedWeight, dtype: torch.dtype) -> Tensor:
     return extension().dequantize(*qw.op_args(), dtype)
 
 
-def qlora_linear(
-    x: Tensor,
-    qw: QuantizedWeight,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
-    scaling: float,
-    bias: Tensor | None,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    (y,), (h,) = qlora_linear_group(x, [(qw, lora_A, lora_B, scaling, bias, dropout_p, seed)])
-    return y, h
+def qlora_linear(x: Tensor, layers: Sequence[Layer]) -> tuple[list[Tensor], list[Tensor]]:
+    return extension().qlora_linear(x, layers)
 
 
-def qlora_linear_autograd(x: Tensor, layers: Sequence[FlatLayer]) -> list[Tensor] | None:
+def qlora_linear_backward(
+    dys: Sequence[Tensor],
+    x: Tensor | None,
+    hs: Sequence[Tensor | None],
+    layers: Sequence[Layer],
+    need_dx: bool,
+    needs: Sequence[tuple[bool, bool, bool]],
+) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None], list[Tensor | None]]:
+    return extension().qlora_linear_backward(dys, x, hs, layers, need_dx, needs)
+
+
+def qlora_linear_autograd(x: Tensor, layers: Sequence[Layer]) -> list[Tensor] | None:
     """y of each layer with its gradient, as `lora_kernels.autograd` defines it, in C++ from end to end; the seed of a dropout
     mask is drawn where it is None.  None where something watches the call (a dispatch mode, torch.func, a tensor subclass) or
     an argument is not what the contract asks for.
@@ -204,35 +200,3 @@ def qlora_linear_autograd(x: Tensor, layers: Sequence[FlatLayer]) -> list[Tensor
         return extension().qlora_linear_autograd(x, layers)
     except TypeError:  # pybind11's, of an argument that is not even a tensor, number or string where it should be
         return None
-
-
-def qlora_linear_backward(
-    dy: Tensor,
-    x: Tensor | None,
-    h: Tensor | None,
-    qw: QuantizedWeight,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
-    scaling: float,
-    dropout_p: float,
-    seed: Tensor | None,
-    needs: tuple[bool, bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    layer = (qw, lora_A, lora_B, scaling, None, dropout_p, seed)
-    dx, (dA,), (dB,), (dbias,) = qlora_linear_group_backward([dy], x, [h], [layer], needs[0], [needs[1:]])
-    return dx, dA, dB, dbias
-
-
-def qlora_linear_group(x: Tensor, layers: Sequence[Layer]) -> tuple[list[Tensor], list[Tensor]]:
-    return extension().qlora_linear(x, _flat(layers))
-
-
-def qlora_linear_group_backward(
-    dys: Sequence[Tensor],
-    x: Tensor | None,
-    hs: Sequence[Tensor | None],
-    layers: Sequence[Layer],
-    need_dx: bool,
-    needs: Sequence[tuple[bool, bool, bool]],
-) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None], list[Tensor | None]]:
-    return extension().qlora_linear_backward(dys, x, hs, _flat(layers), need_dx, needs)

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..formats import BLOCKSIZE2, DYNAMIC_MAP, QuantizedWeight, codebook
-from . import Layer
+from ..formats import BLOCKSIZE2, DYNAMIC_MAP, QuantizedWeight, codebook, format_of
+from ..layer import Layer
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -35,8 +35,9 @@ def quantize(
         tail = values[full:]
         tail_max = tail.abs().amax().clamp(min=1e-38)
         absmax, scaled = torch.cat([absmax, tail_max.view(1)]), torch.cat([scaled, tail / tail_max])
-    code, order = codebook(quant_type).to(weight.device).sort(stable=True)
-    indices = order[torch.bucketize(_pad(scaled, 2), (code[:-1] + code[1:]) / 2)].to(torch.uint8)
+    form = format_of(quant_type)
+    order = torch.tensor(form.order, dtype=torch.uint8, device=weight.device)
+    indices = order[torch.bucketize(_pad(scaled, 2), torch.tensor(form.midpoints, device=weight.device))]
     packed = indices[::2] << 4 | indices[1::2]
     if not double_quant:
         return packed, absmax, None, None
@@ -111,92 +112,26 @@ def dropout_scale(seed: Tensor, shape: tuple[int, int], p: float) -> Tensor:
     return ((words >= round(p * 2**32)).float() / (1 - p)).view(shape)
 
 
-def qlora_linear(
-    x: Tensor,
-    qw: QuantizedWeight,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
-    scaling: float,
-    bias: Tensor | None,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """`y = x Wᵀ + s h Bᵀ + bias [M, N]` and `h = dropout(x) Aᵀ [M, r]`, both in x.dtype."""
+def qlora_linear(x: Tensor, layers: Sequence[Layer]) -> tuple[list[Tensor], list[Tensor]]:
+    """Of each layer `y = x Wᵀ + s h Bᵀ + bias [M, N]` and `h = dropout(x) Aᵀ [M, r]`, both in x.dtype."""
+    ys, hs = zip(*(_output(x, layer) for layer in layers), strict=True)
+    return list(ys), list(hs)
+
+
+def _output(x: Tensor, layer: Layer) -> tuple[Tensor, Tensor]:
     acc = _accumulator(x)
-    y = x.to(acc) @ dequantize(qw, x.dtype).to(acc).T
+    y = x.to(acc) @ dequantize(layer.weight, x.dtype).to(acc).T
     h = x.new_empty(x.shape[0], 0)
-    if lora_A is not None and lora_B is not None:
-        h_acc = _dropped(x, dropout_p, seed) @ lora_A.to(acc).T
-        y += scaling * h_acc @ lora_B.to(acc).T
+    if layer.lora_A is not None and layer.lora_B is not None:
+        h_acc = _dropped(x, layer) @ layer.lora_A.to(acc).T
+        y += layer.scaling * h_acc @ layer.lora_B.to(acc).T
         h = h_acc.to(x.dtype)
-    if bias is not None:
-        y += bias.to(acc)
+    if layer.bias is not None:
+        y += layer.bias.to(acc)
     return y.to(x.dtype), h
 
 
 def qlora_linear_backward(
-    dy: Tensor,
-    x: Tensor | None,
-    h: Tensor | None,
-    qw: QuantizedWeight,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
-    scaling: float,
-    dropout_p: float,
-    seed: Tensor | None,
-    needs: tuple[bool, bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """`dx, dA, dB, dbias`, None where `needs` is False: with `g = dy B`, `dx = dy W + dropout(s g A)`,
-    `dA = s gᵀ dropout(x)`, `dB = s dyᵀ h`, `dbias = sum dy` (float32)."""
-    dx, dA, dB, dbias = _gradients(dy, x, h, qw, lora_A, lora_B, scaling, dropout_p, seed, needs)
-    return None if dx is None else dx.to(dy.dtype), dA, dB, dbias
-
-
-def _gradients(
-    dy: Tensor,
-    x: Tensor | None,
-    h: Tensor | None,
-    qw: QuantizedWeight,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
-    scaling: float,
-    dropout_p: float,
-    seed: Tensor | None,
-    needs: tuple[bool, bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """`qlora_linear_backward` with dx not rounded yet."""
-    acc = _accumulator(dy)
-    need_dx, need_dA, need_dB, need_dbias = needs
-    dy_acc = dy.to(acc)
-    dx = dA = dB = None
-    g = dy_acc @ lora_B.to(acc) * scaling if lora_B is not None and (need_dx or need_dA) else None
-    if need_dx:
-        dx = dy_acc @ dequantize(qw, dy.dtype).to(acc)
-        if g is not None and lora_A is not None:
-            dx_lora = g @ lora_A.to(acc)
-            if dropout_p:
-                assert seed is not None
-                dx_lora *= dropout_scale(seed, (dx_lora.shape[0], dx_lora.shape[1]), dropout_p)
-            dx += dx_lora
-    if need_dA:
-        assert g is not None and x is not None and lora_A is not None
-        dA = (g.T @ _dropped(x, dropout_p, seed)).to(lora_A.dtype)
-    if need_dB:
-        assert h is not None and lora_B is not None
-        dB = (scaling * dy_acc.T @ h.to(acc)).to(lora_B.dtype)
-    return dx, dA, dB, dy_acc.sum(0) if need_dbias else None
-
-
-# ---- several layers on one x
-
-
-def qlora_linear_group(x: Tensor, layers: Sequence[Layer]) -> tuple[list[Tensor], list[Tensor]]:
-    """`y` and `h` of each layer on the same x."""
-    ys, hs = zip(*(qlora_linear(x, *layer) for layer in layers), strict=True)
-    return list(ys), list(hs)
-
-
-def qlora_linear_group_backward(
     dys: Sequence[Tensor],
     x: Tensor | None,
     hs: Sequence[Tensor | None],
@@ -204,24 +139,60 @@ def qlora_linear_group_backward(
     need_dx: bool,
     needs: Sequence[tuple[bool, bool, bool]],
 ) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None], list[Tensor | None]]:
-    """dx, the sum over the layers rounded once, and `dA`, `dB`, `dbias` of each layer; `needs` are those of each layer."""
+    """`dx`, the sum over the layers rounded once, and `dA`, `dB`, `dbias` (float32) of each layer; `needs` says of each layer
+    which of these three are wanted, the others are None.  With `g = dy B`, `dx = dy W + dropout(s g A)`,
+    `dA = s gᵀ dropout(x)`, `dB = s dyᵀ h`, `dbias = sum dy`."""
     dx: Tensor | None = None
     others = []
-    for dy, h, (qw, A, B, scaling, _, dropout_p, seed), need in zip(dys, hs, layers, needs, strict=True):
-        part, *rest = _gradients(dy, x if need[0] else None, h, qw, A, B, scaling, dropout_p, seed, (need_dx, *need))
+    for dy, h, layer, need in zip(dys, hs, layers, needs, strict=True):
+        part, *rest = _gradients(dy, x, h, layer, need_dx, *need)
         dx = part if dx is None or part is None else dx + part
         others.append(rest)
     dAs, dBs, dbiases = map(list, zip(*others, strict=True))
     return None if dx is None else dx.to(dys[0].dtype), dAs, dBs, dbiases
 
 
+def _gradients(
+    dy: Tensor,
+    x: Tensor | None,
+    h: Tensor | None,
+    layer: Layer,
+    need_dx: bool,
+    need_dA: bool,
+    need_dB: bool,
+    need_dbias: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """dx, not rounded yet, dA, dB and dbias of one layer."""
+    acc = _accumulator(dy)
+    A, B, scaling = layer.lora_A, layer.lora_B, layer.scaling
+    dy_acc = dy.to(acc)
+    dx = dA = dB = None
+    g = dy_acc @ B.to(acc) * scaling if B is not None and (need_dx or need_dA) else None
+    if need_dx:
+        dx = dy_acc @ dequantize(layer.weight, dy.dtype).to(acc)
+        if g is not None and A is not None:
+            dx_lora = g @ A.to(acc)
+            if layer.dropout_p:
+                assert layer.seed is not None
+                dx_lora *= dropout_scale(layer.seed, (dx_lora.shape[0], dx_lora.shape[1]), layer.dropout_p)
+            dx += dx_lora
+    if need_dA:
+        assert g is not None and x is not None and A is not None
+        dA = (g.T @ _dropped(x, layer)).to(A.dtype)
+    if need_dB:
+        assert h is not None and B is not None
+        dB = (scaling * dy_acc.T @ h.to(acc)).to(B.dtype)
+    return dx, dA, dB, dy_acc.sum(0) if need_dbias else None
+
+
 def _accumulator(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _dropped(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
+def _dropped(x: Tensor, layer: Layer) -> Tensor:
+    """`dropout(x)` in the dtype of sums."""
     x_acc = x.to(_accumulator(x))
-    if not p:
+    if not layer.dropout_p:
         return x_acc
-    assert seed is not None
-    return x_acc * dropout_scale(seed, (x.shape[0], x.shape[1]), p)
+    assert layer.seed is not None
+    return x_acc * dropout_scale(layer.seed, (x.shape[0], x.shape[1]), layer.dropout_p)

@@ -22,7 +22,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from .. import backends
 from ..autograd import dequantize, qlora_linear, quantize
 from ..formats import FORMATS, QuantizedWeight, codebook
-from ..nn import PackedWeight
+from ..packed import PackedWeight
 
 _OURS = (bnb.nn.Linear4bit, bnb.nn.LinearNF4, bnb.nn.LinearFP4)
 
@@ -41,7 +41,7 @@ class FusedLinear4bit(PackedWeight, bnb.nn.Linear4bit):
         out_features, in_features = qw.shape
         with torch.device("meta"):
             self = cls(in_features, out_features, bias is not None, compute_dtype, quant_storage=qw.quant_storage)
-        self._set_weight(qw)
+        self.set_weight(qw)
         if bias is not None:
             self.bias = nn.Parameter(bias.detach(), requires_grad=False)
         return self.train(training)
@@ -73,7 +73,7 @@ class FusedLinear4bit(PackedWeight, bnb.nn.Linear4bit):
         """Weight, adapter, what the layer computes, and why it is not fused (None: it is), for `lora_kernels.verify`."""
         return self.quantized_weight, None, "no adapter", None
 
-    def _set_weight(self, qw: QuantizedWeight) -> None:
+    def set_weight(self, qw: QuantizedWeight) -> None:
         weight = qw.to_bitsandbytes()
         weight.module = self
         self.weight, self.quant_state, self.quant_storage = weight, weight.quant_state, qw.quant_storage
@@ -194,7 +194,7 @@ def patch_bitsandbytes() -> dict[str, list[str]]:
     for device_type in ("cpu", "cuda"):
         if device_type == "cuda" and not torch.cuda.is_available():
             continue
-        if backends.pick(torch.device(device_type)).__name__.endswith(".reference"):
+        if backends.picked("qlora_linear", torch.device(device_type)) == "reference":
             continue
         ops = {"quantize_4bit": _quantize_4bit, "dequantize_4bit": _dequantize_4bit, "gemm_4bit": _gemm_4bit}
         if device_type == "cuda":

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
-from ..nn import _SCALES, PackedWeight
+from ..packed import SCALES, PackedWeight
 
 
 def load_full_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor], src: int = 0) -> None:
@@ -38,7 +38,7 @@ def load_full_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor], src
     set_model_state_dict(model, given, options=options)
     for layer in layers:
         scales = layer.quantized_weight
-        for name in _SCALES:
+        for name in SCALES:
             if (t := getattr(scales, name)) is not None:
                 dist.broadcast(t, src)
 

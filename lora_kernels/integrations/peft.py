@@ -68,8 +68,8 @@ class _FusedLora:
     """For DoRA: the packed bytes and, for these, the squared length of each row of the weight."""
 
     # provided by PEFT's layer
-    lora_A: Any  # noqa: N815
-    lora_B: Any  # noqa: N815
+    lora_A: Any
+    lora_B: Any
     lora_dropout: Any
     lora_magnitude_vector: Any
     lora_bias: dict[str, bool]
@@ -272,7 +272,7 @@ class _FusedLora:
 
     def _set_base(self, qw: QuantizedWeight, bias: Tensor | None) -> None:
         base = self.get_base_layer()
-        base._set_weight(qw)
+        base.set_weight(qw)
         if bias is not None:
             base.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias, requires_grad=False)
 
@@ -385,7 +385,7 @@ if PeftLinear4bit is not None:
 
 
 def _set_weight(base: Any, qw: QuantizedWeight) -> None:
-    base._set_weight(qw)
+    base.set_weight(qw)
     if base.weight.is_meta and not qw.packed.is_meta:  # as in `_dense_linear`
         packed = nn.Parameter(qw.packed, requires_grad=False) if isinstance(base, FusedQLoRALinear) else qw.to_bitsandbytes()
         base._parameters["weight"] = packed

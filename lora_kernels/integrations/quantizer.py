@@ -203,7 +203,7 @@ def new_layer(qw: QuantizedWeight, bias: Tensor | None, compute_dtype: torch.dty
     """The base layer of models of transformers: bitsandbytes' with our forward, or our own where there is no bitsandbytes."""
     if FusedLinear4bit is not None:
         return FusedLinear4bit.from_quantized(qw, bias, compute_dtype, training)
-    return FusedQLoRALinear._build(qw, bias, compute_dtype, None, training)
+    return FusedQLoRALinear.from_quantized(qw, bias, compute_dtype, None, training)
 
 
 def _serialized_names() -> list[str]:
@@ -291,7 +291,7 @@ class QLoRAQuantizer(HfQuantizer):
         for name, qw in self.loaded.items():
             layer = model.get_submodule(name)
             if isinstance(layer, FusedQLoRALinear):  # transformers put empty tensors in the place of its buffers
-                layer._set_weight(qw)
+                layer.set_weight(qw)
         self.loaded.clear()
         ours = getattr(model, "_weight_conversions", None) or []
         model._weight_conversions = [c for c in ours if not any(isinstance(op, Deserialize) for op in _operations(c))]

@@ -162,7 +162,7 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], dtype: torch.dtype) -> N
         if linear.bias is not None and f"{name}.bias" not in tensors:
             raise ValueError(f"the weights lack {name}.bias")
         bias = None if linear.bias is None else tensors.pop(f"{name}.bias").to(dtype)
-        model.set_submodule(name, FusedQLoRALinear._build(qw, bias, None, None, training=False))
+        model.set_submodule(name, FusedQLoRALinear.from_quantized(qw, bias, None, None, training=False))
     dense = {k: t.to(dtype) if t.is_floating_point() else t for k, t in tensors.items()}
     _, unexpected = model.load_state_dict(dense, strict=False, assign=True)
     if unexpected:
@@ -272,13 +272,13 @@ def add_adapters(model: nn.Module, adapter: AdapterConfig, target_modules: str |
         lora = (adapter.r, adapter.lora_alpha, adapter.lora_dropout, adapter.use_rslora)
         apply_qlora(model, *lora, target_modules=target_modules, **quant)
         return
-    from ..model import _check_patterns, _matches
+    from ..model import check_patterns, matches
 
     if target_modules != "all-linear":
-        _check_patterns("target_modules", target_modules, list(layers), strict=True)
+        check_patterns("target_modules", target_modules, list(layers), strict=True)
     model.requires_grad_(False)
     for name, layer in layers.items():
-        if target_modules == "all-linear" or _matches(name, target_modules):
+        if target_modules == "all-linear" or matches(name, target_modules):
             layer.add_adapter("default", adapter)
 
 

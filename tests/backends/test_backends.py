@@ -6,12 +6,11 @@ import threading
 import pytest
 import torch
 from conftest import CPU, python
+from torch import nn
 
 import lora_kernels as lk
-from lora_kernels import backends, env
+from lora_kernels import backends, env, testing
 from lora_kernels.backends import reference
-
-OPS = ("quantize", "decode_absmax", "dequantize", "qlora_linear", "qlora_linear_backward")
 
 
 @pytest.fixture(autouse=True)
@@ -34,25 +33,57 @@ def name_of(module):
 @pytest.mark.parametrize("name", backends.NAMES)
 def test_every_backend_has_every_op(name):
     module = backends.load(name)
-    for op in (*OPS, "unavailable"):
+    for op in (*backends.OPS, "unavailable"):
         assert callable(getattr(module, op))
+
+
+@pytest.mark.parametrize("lacking", backends.OPS)
+def test_an_op_that_a_backend_lacks_falls_to_the_next(lacking, monkeypatch):
+    """What a new op is on the day on which one backend has it."""
+    first = backends.picked(lacking, CPU)
+    if first == "reference":
+        pytest.skip("there is one backend")
+    monkeypatch.delattr(backends.load(first), lacking)
+    monkeypatch.setattr(backends.load(first), "qlora_linear_autograd", lambda x, layers: None, raising=False)
+    after = backends.order(CPU)[backends.order(CPU).index(first) + 1]
+    assert backends.picked(lacking, CPU) == after
+    assert {op: backends.picked(op, CPU) for op in backends.OPS if op != lacking} == dict.fromkeys(
+        set(backends.OPS) - {lacking}, first
+    )
+    inputs = testing.make_inputs(testing.Case(5, 48, 64, r=4, bias=True))
+    x, A, B = (t.requires_grad_() for t in (inputs.x, inputs.lora_A, inputs.lora_B))
+    y = lk.qlora_linear(x, inputs.qw, A, B, inputs.case.scaling, inputs.bias)
+    dx, dA, dB = torch.autograd.grad(y, (x, A, B), inputs.dy)
+    testing.assert_close_to_oracle({"y": y, "dx": dx, "dA": dA, "dB": dB}, inputs)
+    row = lk.verify(nn.Sequential(lk.FusedQLoRALinear(64, 48))).rows[0]
+    if lacking.startswith("qlora_linear"):
+        forward, backward = (after, first) if lacking == "qlora_linear" else (first, after)
+        assert row.backend == f"{forward}, backward {backward}"
+        assert row.reason == f"plain torch, because {first}: it has no {lacking}"
+    else:
+        assert row.fused
+    with (
+        lk.use_backend(first),
+        pytest.raises(RuntimeError, match=f"{first!r} is forced but can't run on cpu: it has no {lacking}"),
+    ):
+        backends.pick(lacking, CPU)
 
 
 def test_best_first():
     for device_type, names in backends.ORDER.items():
         assert names[-1] == "reference"
         assert set(names) <= set(backends.NAMES)
-        assert [n for n, _ in backends.choices(torch.device(device_type))] == list(names)
-    available = [n for n, why in backends.choices(CPU) if why is None]
-    assert name_of(backends.pick(CPU)) == available[0]
+        assert [n for n, _ in backends.choices("qlora_linear", torch.device(device_type))] == list(names)
+    available = [n for n, why in backends.choices("qlora_linear", CPU) if why is None]
+    assert name_of(backends.pick("qlora_linear", CPU)) == available[0]
     assert backends.order(torch.device("mps")) == ("reference",)
-    assert name_of(backends.pick(torch.device("mps"))) == "reference"
+    assert name_of(backends.pick("qlora_linear", torch.device("mps"))) == "reference"
 
 
 def test_next_one_when_the_first_cannot_run(monkeypatch):
     for name in backends.order(CPU)[:-1]:
         monkeypatch.setattr(backends.load(name), "unavailable", lambda device: "not here")
-    assert backends.pick(CPU) is reference
+    assert backends.pick("qlora_linear", CPU) is reference
     assert lk.quantize(torch.randn(3, 64)).dequantize().shape == (3, 64)
 
 
@@ -72,9 +103,9 @@ def test_forced_backend(monkeypatch):
     force_by_environment(monkeypatch, "reference")
     lk.dequantize(qw)
     assert len(calls) == 3
-    other = next((n for n, why in backends.choices(CPU) if why is None), "reference")
+    other = next((n for n, why in backends.choices("qlora_linear", CPU) if why is None), "reference")
     with lk.use_backend(other):  # the innermost wins over the environment
-        assert name_of(backends.pick(CPU)) == other
+        assert name_of(backends.pick("qlora_linear", CPU)) == other
 
 
 def test_forced_backend_is_restored():
@@ -146,7 +177,7 @@ with lk.use_backend("native"):
             qw = lk.quantize(weight, case.quant_type, case.blocksize, case.double_quant)
             with lk.use_backend("reference"):
                 want = lk.quantize(weight, case.quant_type, case.blocksize, case.double_quant)
-            assert all(a is b is None or torch.equal(a, b) for a, b in zip(qw._tensors(), want._tensors()))
+            assert all(a is b is None or torch.equal(a, b) for a, b in zip(qw.tensors(), want.tensors()))
             done += 1
 print(json.dumps(done))
 """

@@ -22,16 +22,16 @@ from lora_kernels.testing import Case
 
 pytestmark = pytest.mark.skipif(native.unavailable(torch.device("cpu")) is not None, reason="the C++ extension is not built")
 
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
 def results(inputs: testing.Inputs, backend=native) -> testing.Results:
-    case = inputs.case
-    layer = (inputs.qw, inputs.lora_A, inputs.lora_B, case.scaling)
-    y, h = backend.qlora_linear(inputs.x, *layer, inputs.bias, case.dropout, inputs.seed)
-    needs = (True, case.r > 0, case.r > 0, case.bias)
-    gradients = backend.qlora_linear_backward(inputs.dy, inputs.x, h, *layer, case.dropout, inputs.seed, needs)
-    out = {"y": y, "h": h if case.r else None} | dict(zip(("dx", "dA", "dB", "dbias"), gradients, strict=True))
+    case, layer = inputs.case, inputs.layer
+    (y,), (h,) = backend.qlora_linear(inputs.x, [layer])
+    needs = (case.r > 0, case.r > 0, case.bias)
+    dx, (dA,), (dB,), (dbias,) = backend.qlora_linear_backward([inputs.dy], inputs.x, [h], [layer], True, [needs])
+    out = {"y": y, "h": h if case.r else None, "dx": dx, "dA": dA, "dB": dB, "dbias": dbias}
     return {name: t for name, t in out.items() if t is not None}
 
 
@@ -79,12 +79,15 @@ def test_boundaries(case: Case, dtype: torch.dtype):
                                    (False, False, False, True), (False, False, False, False)])  # fmt: skip
 def test_gradients_alone_have_the_same_bits(needs: tuple[bool, bool, bool, bool]):
     inputs = testing.make_inputs(Case(40, 130, 192, r=9, bias=True, dropout=0.2))
-    layer = (inputs.qw, inputs.lora_A, inputs.lora_B, 2.0)
-    h = native.qlora_linear(inputs.x, *layer, None, 0.2, inputs.seed)[1]
-    every = native.qlora_linear_backward(inputs.dy, inputs.x, h, *layer, 0.2, inputs.seed, (True, True, True, True))
-    x, h = inputs.x if needs[1] else None, h if needs[2] else None
-    some = native.qlora_linear_backward(inputs.dy, x, h, *layer, 0.2, inputs.seed, needs)
-    for want, got, needed in zip(every, some, needs, strict=True):
+    layer = inputs.layer
+    _, hs = native.qlora_linear(inputs.x, [layer])
+
+    def gradients(need_dx, *need):
+        x, h = inputs.x if need[0] else None, hs[0] if need[1] else None
+        dx, *each = native.qlora_linear_backward([inputs.dy], x, [h], [layer], need_dx, [need])
+        return dx, *(g for [g] in each)
+
+    for want, got, needed in zip(gradients(True, True, True, True), gradients(*needs), needs, strict=True):
         assert torch.equal(got, want) if needed else got is None
 
 
@@ -103,17 +106,16 @@ def test_group_is_the_layers_and_sums_dx_before_rounding(M: int, widths: tuple[i
     cases = [Case(M, N, 192, r=(16, 17, 1)[i % 3], dropout=(0.0, 0.3, 0.0)[i % 3]) for i, N in enumerate(widths)]
     several = [testing.make_inputs(case, seed=case.N) for case in cases]
     x = several[0].x
-    layers = [(i.qw, i.lora_A, i.lora_B, 2.0, None, i.case.dropout, i.seed) for i in several]
-    ys, hs = native.qlora_linear_group(x, layers)
+    layers = [i.layer._replace(bias=None) for i in several]
+    ys, hs = native.qlora_linear(x, layers)
     for y, h, layer in zip(ys, hs, layers, strict=True):
-        want_y, want_h = native.qlora_linear(x, *layer)
+        (want_y,), (want_h,) = native.qlora_linear(x, [layer])
         assert torch.equal(y, want_y) and torch.equal(h, want_h)
     dys = [i.dy for i in several]
-    dx, dAs, dBs, _ = native.qlora_linear_group_backward(dys, x, hs, layers, True, [(True, True, False)] * len(layers))
+    dx, dAs, dBs, _ = native.qlora_linear_backward(dys, x, hs, layers, True, [(True, True, False)] * len(layers))
     assert testing.relative_error(dx, sum(testing.oracle(i)["dx"] for i in several)) < 2e-3, "one bf16 rounding"
     for dy, h, layer, dA, dB in zip(dys, hs, layers, dAs, dBs, strict=True):
-        arguments = (*layer[:4], *layer[5:], (False, True, True, False))
-        _, want_dA, want_dB, _ = native.qlora_linear_backward(dy, x, h, *arguments)
+        _, [want_dA], [want_dB], _ = native.qlora_linear_backward([dy], x, [h], [layer], False, [(True, True, False)])
         assert torch.equal(dA, want_dA) and torch.equal(dB, want_dB)
 
 
@@ -172,10 +174,10 @@ def _group_results(M: int, dtype: torch.dtype) -> testing.Results:
     cases = [replace(case, M=M, N=N, K=2112, dtype=dtype) for case, N in zip(FEATURES, (130, 260, 390), strict=False)]
     several = [testing.make_inputs(case) for case in cases]
     x = several[0].x
-    layers = [(i.qw, i.lora_A, i.lora_B, 2.0, i.bias, i.case.dropout, i.seed) for i in several]
-    ys, hs = native.qlora_linear_group(x, layers)
+    layers = [i.layer for i in several]
+    ys, hs = native.qlora_linear(x, layers)
     needs = [(True, True, case.bias) for case in cases]
-    dx, *grads = native.qlora_linear_group_backward([i.dy for i in several], x, hs, layers, True, needs)
+    dx, *grads = native.qlora_linear_backward([i.dy for i in several], x, hs, layers, True, needs)
     flat = {"dx": dx} | {str(i): t for i, t in enumerate(itertools.chain(ys, hs, *grads))}
     return {name: t for name, t in flat.items() if t is not None}
 
@@ -197,7 +199,12 @@ def _levels() -> list[str]:
 def test_level_is_right_and_threads_do_not_change_a_bit(level: str):
     runs = []
     for threads in "1", "2":
-        environment = os.environ | {"LORA_KERNELS_CPU_ISA": level, "OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "passive"}
+        environment = os.environ | {
+            "PYTHONPATH": str(Path(__file__).parents[1]),
+            "LORA_KERNELS_CPU_ISA": level,
+            "OMP_NUM_THREADS": threads,
+            "OMP_WAIT_POLICY": "passive",
+        }
         run = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=HANG)
         assert run.returncode == 0, run.stderr
         runs.append(json.loads(run.stdout))
@@ -231,7 +238,7 @@ def _run_memory() -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of resident memory is read from /proc")
 def test_layer_works_in_half_of_a_16_bit_weight():
-    environment = os.environ | {"OMP_NUM_THREADS": "2"}
+    environment = ENVIRONMENT | {"OMP_NUM_THREADS": "2"}
     run = subprocess.run([sys.executable, __file__, "memory"], env=environment, capture_output=True, text=True, timeout=HANG)
     assert run.returncode == 0, run.stderr
     assert 0 < int(run.stdout) < 4096 * 4096 * 2 // 2
@@ -239,7 +246,7 @@ def test_layer_works_in_half_of_a_16_bit_weight():
 
 def test_unknown_level_names_the_levels():
     command = "from lora_kernels.backends import native; native.extension()"
-    environment = os.environ | {"LORA_KERNELS_CPU_ISA": "mmx"}
+    environment = ENVIRONMENT | {"LORA_KERNELS_CPU_ISA": "mmx"}
     run = subprocess.run([sys.executable, "-c", command], env=environment, capture_output=True, text=True, timeout=HANG)
     assert run.returncode != 0 and "portable" in run.stderr and "mmx" in run.stderr
 
