@@ -22,6 +22,7 @@ from lora_kernels import backends
 from lora_kernels.backends import native
 from lora_kernels.testing import Inputs, Results
 
+pytest_plugins = ["emulators.interpreted"]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # No deadline and no check of speed: a busy machine is no fault.
 unchecked = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
@@ -86,7 +87,7 @@ def seed(request: pytest.FixtureRequest) -> int:
 
 
 INTERPRETED = ("triton",) if os.environ.get("TRITON_INTERPRET") == "1" else ()
-"""On a CPU Triton runs in its interpreter only: tests/backends/test_triton.py sees to that."""
+"""On a CPU Triton runs in its interpreter only: tests/emulators/interpreted.py sees to that."""
 
 
 @pytest.fixture(params=(*INTERPRETED, *backends.ORDER["cpu"]))
