@@ -34,8 +34,7 @@ from .suites import memory as bench_memory
 from .suites import model as bench_model
 from .suites import weight as bench_weight
 from .tools import compile_check as compile_check_
-from .tools import cuda_builds
-from .tools import profile_op
+from .tools import cuda_builds, profile_op
 from .tools import tune as tune_
 
 warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
@@ -298,10 +297,14 @@ def compile_check(
     recorded.  Needs no GPU."""
     console = make_console()
     try:
-        bad = compile_check_.check_triton([*(arch or []), *(more or [])] or list(compile_check_.TRITON_ARCHS), only, console, record)
+        bad = compile_check_.check_triton(
+            [*(arch or []), *(more or [])] or list(compile_check_.TRITON_ARCHS), only, console, record
+        )
     except (RuntimeError, ValueError) as e:
         fail(str(e))
-    console.print(f"{compile_check_.triton_version()}: " + (f"[red]{bad} kernels are not as they should be" if bad else "all ok"))
+    console.print(
+        f"{compile_check_.triton_version()}: " + (f"[red]{bad} kernels are not as they should be" if bad else "all ok")
+    )
     if bad:
         raise typer.Exit(1)
 
@@ -315,9 +318,15 @@ def resources(
     """The same for every kernel in CUDA C++, with nvcc; exit code 1 on a spill or a lost matrix instruction.  Needs no GPU."""
     console = make_console()
     try:
-        bad = compile_check_.check_cuda([*(arch or []), *(more or [])] or list(compile_check_.CUDA_ARCHS), only, console)
+        archs = [*(arch or []), *(more or [])] or list(compile_check_.CUDA_ARCHS)
+        bad = compile_check_.check_cuda(archs, only, console)
     except RuntimeError as e:
         fail(str(e))
-    console.print(f"{cuda_builds.version()}: " + (f"[red]{bad} kernels are not as they should be" if bad else "all ok"))
+    verdict(console, cuda_builds.version(), bad)
+
+
+def verdict(console: Console, compilers: str, bad: int) -> None:
+    """The last line of a check; ends the program with exit code 1 where kernels are bad."""
+    console.print(f"{compilers}: " + (f"[red]{bad} kernels are not as they should be" if bad else "all ok"))
     if bad:
         raise typer.Exit(1)

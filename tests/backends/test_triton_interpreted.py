@@ -1,4 +1,4 @@
-"""The Triton kernels in Triton's interpreter, on the CPU: `emulators/interpreted.py` runs these tests in a process of its own."""
+"""The Triton kernels in Triton's interpreter, on the CPU: `emulators/interpreted.py` runs this file in a process of its own."""
 
 import importlib
 from dataclasses import replace

@@ -1,8 +1,9 @@
-"""Runs the tests marked `interpreted` where Triton interprets its kernels: in a process of its own, because TRITON_INTERPRET must
-be set before Triton is imported.
+"""Runs the tests marked `interpreted` where Triton interprets its kernels: in a process of its own, because TRITON_INTERPRET
+must be set before Triton is imported.
 
-They are collected, picked (-k, node ids) and reported one by one like all others.  The first of them starts one process that runs
-all that were picked and sends its reports through a pipe.  A pytest that has TRITON_INTERPRET=1 itself runs them on the spot.
+They are collected, picked (-k, node ids) and reported one by one like all others.  The first of them starts one process that
+runs all that were picked and sends its reports through a pipe.  A pytest that has TRITON_INTERPRET=1 itself runs them on the
+spot.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ class Receiver:
         picked = [item.nodeid for item in session.items if item.get_closest_marker("interpreted") is not None]
         options = ["-q", "-W", "ignore", "-p", "no:cacheprovider", "--seed", str(session.config.option.seed)]
         source, target = os.pipe()
-        self.pipe, self.output = os.fdopen(source), tempfile.TemporaryFile()
+        self.pipe, self.output = os.fdopen(source), tempfile.TemporaryFile()  # noqa: SIM115
         self.process = subprocess.Popen(
             [sys.executable, "-m", "pytest", *options, *picked],
             cwd=session.config.rootpath,

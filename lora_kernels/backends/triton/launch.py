@@ -99,11 +99,12 @@ def config_of(problem: Problem, device: torch.device) -> Config:
 
 def gpu_of(device: torch.device) -> Gpu:
     """What kernels are launched on: the GPU that launches are recorded for, or the one at hand."""
-    return _recording.gpu if _recording is not None else _gpu(device)
+    return _recording.gpu if _recording is not None else current_gpu(device)
 
 
 @functools.cache
-def _gpu(device: torch.device) -> Gpu:
+def current_gpu(device: torch.device) -> Gpu:
+    """The GPU at hand, whatever is recorded."""
     if device.type != "cuda":
         return Gpu("nvidia", 90)  # in the interpreter, the settings that most tests have seen
     name = torch.cuda.get_device_name(device)

@@ -426,7 +426,20 @@ def read(
         part = slice(i * rows, min(M, (i + at_once) * rows))
         m = part.stop - part.start
         here = [None if p is None else p[i:] for p in (sums, totals)]
-        args = (x[part], factor, t if stacked or t is None else t[part], products, *here, seed, threshold, m, C, r, each, config.steps)
+        args = (
+            x[part],
+            factor,
+            t if stacked or t is None else t[part],
+            products,
+            *here,
+            seed,
+            threshold,
+            m,
+            C,
+            r,
+            each,
+            config.steps,
+        )
         launch(read_once, (cdiv(m, rows) * tiles, columns), args, flags, config)
         if products is not None and product is not None:
             _add(products.view(-1)[: columns * m * r].view(columns, m * r), product[part], 1.0)

@@ -18,7 +18,6 @@ from .launch import config_of, launch, on
 from .settings import Problem, cdiv
 from .tiles import to_float
 
-
 TINY = tl.constexpr(1e-38)
 """Smallest divisor of a block."""
 

@@ -9,7 +9,7 @@ Two twins decode codes, bit for bit alike (`round(code * absmax)`, one rounding)
 
 - TABLE: the 16 values of a block are scaled and rounded once, kept as 32 bytes in 8 registers, and looked up with byte
   permutes: 2.6 integer operations a weight and no memory traffic.  16-bit weights on NVIDIA GPUs; TABLE is `table_asm`.
-- `lut`: a gather from the 16 values in memory.  Everything else (float32 weights, other vendors, the interpreter): TABLE is None.
+- `lut`: a gather from the 16 values in memory.  TABLE is None: float32 weights, other vendors, the interpreter.
 """
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# ruff: noqa: SIM300 (M and K are sizes, not constants)
 """How each kernel is launched: `pick_config` decides, and launchers do as it says.
 
 A GPU that was measured has a table that comes first (see `tables`).  Else there are floors, by vendor (`nvidia`, `amd`): values
@@ -94,6 +93,6 @@ def _linear(config: Config, problem: Problem, gpu: Gpu) -> Config:
     if not fits:
         return Config("panel")
     small = config.path == "small"
-    fuse_h = small and config.fuse_h and problem.r > 0 and not problem.dropout
+    fuse_h = small and config.fuse_h and 0 < problem.r <= config.ranks and not problem.dropout
     words = small and problem.scales_in_words and config.block_k == 4 * group and K % config.block_k == 0
     return replace(config, fuse_h=fuse_h, scale_words=words)

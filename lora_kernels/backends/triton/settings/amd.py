@@ -1,4 +1,3 @@
-# ruff: noqa: SIM300 (M and N are sizes, not constants)
 """Floors for AMD GPUs: **none was ever measured, and no kernel has run on one yet**.
 
 They keep to what every such GPU has: 64 KiB of shared memory, so two tiles in flight and none larger than 64 x 128, and weights
