@@ -8,8 +8,8 @@ spot.
 
 from __future__ import annotations
 
-import json
 import os
+import pickle
 import subprocess
 import sys
 import tempfile
@@ -34,15 +34,16 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 class Sender:
-    """In the interpreter's process: writes each report to the pipe, a line of JSON."""
+    """In the interpreter's process: writes each report to the pipe."""
 
     def __init__(self, config: pytest.Config) -> None:
         self.config = config
-        self.pipe = os.fdopen(int(os.environ.pop(PIPE)), "w")
+        self.pipe = os.fdopen(int(os.environ.pop(PIPE)), "wb")
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         data = self.config.hook.pytest_report_to_serializable(config=self.config, report=report)
-        print(json.dumps(data), file=self.pipe, flush=True)
+        pickle.dump(data, self.pipe)
+        self.pipe.flush()
 
 
 class Receiver:
@@ -50,7 +51,7 @@ class Receiver:
 
     def __init__(self) -> None:
         self.process: subprocess.Popen[bytes] | None = None
-        self.pipe: IO[str]
+        self.pipe: IO[bytes]
         self.output: IO[bytes]
         self.reports: dict[str, list[pytest.TestReport]] = defaultdict(list)
 
@@ -71,7 +72,7 @@ class Receiver:
         picked = [item.nodeid for item in session.items if item.get_closest_marker("interpreted") is not None]
         options = ["-q", "-W", "ignore", "-p", "no:cacheprovider", "--seed", str(session.config.option.seed)]
         source, target = os.pipe()
-        self.pipe, self.output = os.fdopen(source), tempfile.TemporaryFile()  # noqa: SIM115
+        self.pipe, self.output = os.fdopen(source, "rb"), tempfile.TemporaryFile()  # noqa: SIM115
         self.process = subprocess.Popen(
             [sys.executable, "-m", "pytest", *options, *picked],
             cwd=session.config.rootpath,
@@ -88,12 +89,12 @@ class Receiver:
         """Setup, call and teardown of a test; a failure in their place where the process ended without them."""
         reports = self.reports[item.nodeid]
         while not any(report.when == "teardown" for report in reports):
-            line = self.pipe.readline()
-            if not line:
+            try:
+                data = pickle.load(self.pipe)
+            except EOFError:
                 self.output.seek(0)
                 text = f"the interpreter's process ended before this test:\n{self.output.read().decode()[-6000:]}"
                 return [pytest.TestReport(item.nodeid, item.location, {}, "failed", text, "call")]
-            data = json.loads(line)
             report = item.config.hook.pytest_report_from_serializable(config=item.config, data=data)
             self.reports[report.nodeid].append(report)
         return reports
