@@ -13,8 +13,8 @@ from conftest import HANG, assert_same_bits, run_ops
 import lora_kernels as lk
 from lora_kernels.backends import reference, triton
 from lora_kernels.backends.triton.launch import config_of
-from lora_kernels.backends.triton.linear import linear_problem
 from lora_kernels.backends.triton.settings import MAX_PANEL_BYTES, Config, forcing
+from lora_kernels.backends.triton.weights import linear_problem
 from lora_kernels.formats import BLOCKSIZES
 from lora_kernels.layer import Layer
 from lora_kernels.testing import Case, assert_close_to_oracle, make_inputs, relative_error
@@ -91,7 +91,7 @@ def test_gluon(case, block_m, seed):
     inputs = make_inputs(case, seed, DEVICE)
     with forcing(qlora_linear=Config("gluon", block_m, 128, 64, warps=8, stages=4)):
         layer = Layer.of(inputs.qw, inputs.lora_A, inputs.lora_B)
-        assert config_of(linear_problem("qlora_linear", inputs.x, layer, inputs.qw), DEVICE).path == "gluon"
+        assert config_of(linear_problem("qlora_linear", inputs.x, layer), DEVICE).path == "gluon"
         first = run_ops(inputs)
         assert_close_to_oracle(first, inputs)
         for _ in range(100):

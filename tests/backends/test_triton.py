@@ -236,12 +236,12 @@ def _path(arch: int, K: int, dtype: torch.dtype = torch.bfloat16, blocksize: int
     """The path that a linear takes where the gluon path is asked for."""
     from bench.tools import triton_builds
     from lora_kernels.backends.triton.launch import config_of, recording
-    from lora_kernels.backends.triton.linear import linear_problem
     from lora_kernels.backends.triton.settings import Config, Gpu, forcing
+    from lora_kernels.backends.triton.weights import linear_problem
 
     with recording(Gpu("nvidia", arch)), forcing(qlora_linear=Config(**GLUON)):
         x, _, layer = triton_builds.inputs(Case(512, 256, K, r=16, dtype=dtype, blocksize=blocksize))
-        return config_of(linear_problem("qlora_linear", x, layer, layer.weight), x.device).path
+        return config_of(linear_problem("qlora_linear", x, layer), x.device).path
 
 
 @needs_triton
@@ -264,13 +264,14 @@ def test_gluon_emulated(M, N, K, r, more, stages, block_m):
 
     from lora_kernels.backends.triton.launch import recording
     from lora_kernels.backends.triton.linear import linear
-    from lora_kernels.backends.triton.settings import Config, Gpu
+    from lora_kernels.backends.triton.settings import Config, Gpu, forcing
 
     inputs = make_inputs(Case(M, N, K, r=r, **{"dtype": torch.bfloat16, **more}))
     layer = Layer.of(inputs.qw, inputs.lora_A, inputs.lora_B, inputs.case.scaling, inputs.bias)
     (want,), (h,) = reference.qlora_linear(inputs.x, [layer])
-    with recording(Gpu("nvidia", 90)) as launches:
-        y, _ = linear(inputs.x, layer, inputs.qw, Config(**GLUON | {"block_m": block_m, "stages": stages}), h)
+    config = Config(**GLUON | {"block_m": block_m, "stages": stages})
+    with recording(Gpu("nvidia", 90)) as launches, forcing(qlora_linear=config):
+        y, _ = linear(inputs.x, layer, h)
     assert [done.kernel.__name__ for done in launches] == ["linear_gluon"]
     y.fill_(torch.nan)
     gluon_emulated.run(launches[0])

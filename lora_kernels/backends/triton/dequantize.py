@@ -13,7 +13,7 @@ from ...formats import QuantizedWeight
 from .launch import config_of, has_ptx, launch, on
 from .settings import MAX_PANEL_BYTES, Problem, cdiv
 from .tiles import cast, decode, load_absmax
-from .weights import constant, group_of, weight_args, weight_meta
+from .weights import Weight, constant, group_of, weight_args, weight_meta
 
 
 @triton.jit
@@ -91,15 +91,15 @@ def dequantize(qw: QuantizedWeight, dtype: torch.dtype) -> Tensor:
     return out
 
 
-def decode_panel(qw: QuantizedWeight, rows: range, cols: range, panel: Tensor) -> Tensor:
+def decode_panel(w: Weight, rows: range, cols: range, panel: Tensor) -> Tensor:
     """`W[rows, cols]` of a weight `[N, K]`, contiguous, at the start of the flat buffer `panel` and in its dtype."""
-    K = qw.shape[1]
+    K = w.shape[1]
     out = panel[: len(rows) * len(cols)].view(len(rows), len(cols))
     first = rows.start * K + cols.start
     if len(cols) == K:
-        _launch(qw, out, first, out.numel(), out.numel())
+        _launch(w, out, first, out.numel(), out.numel())
     else:
-        _launch(qw, out, first, len(cols), K)
+        _launch(w, out, first, len(cols), K)
     return out
 
 
@@ -112,20 +112,20 @@ def slices(n: int, bytes_each: int, align: int = 256) -> list[range]:
     return [range(i, min(i + size, n)) for i in range(0, n, size)]
 
 
-def _launch(qw: QuantizedWeight, out: Tensor, first: int, cols: int, stride: int) -> None:
+def _launch(w: Weight, out: Tensor, first: int, cols: int, stride: int) -> None:
     """Decodes to `out` the first `cols` elements of each run of `stride`, from element `first` on."""
     count, strip = out.numel(), cols != out.numel()
-    args = weight_args(qw, out.dtype)
-    group = group_of(qw, math.gcd(first, count, cols, stride if strip else 0))
+    args = weight_args(w, out.dtype)
+    group = group_of(w, math.gcd(first, count, cols, stride if strip else 0))
     if group:
-        config = config_of(Problem("dequantize", K=count), qw.device)
+        config = config_of(Problem("dequantize", K=count), w.packed.device)
         n = config.block_n // group
-        flags = {"N_GROUPS": n, "STRIP": strip, **weight_meta(qw, group, out.dtype)}
+        flags = {"N_GROUPS": n, "STRIP": strip, **weight_meta(w, group, out.dtype)}
         sizes = first // group, count // group, cols // group, stride // group
         launch(dequantize_groups, (cdiv(count // group, n),), (*args, out, *sizes), flags, config)
     else:
-        config = config_of(Problem("dequantize_elements", K=count), qw.device)
-        args = (*args[:5], constant(qw.quant_type, qw.device))
-        flags = {"BLOCK": config.block_n, "BLOCKSIZE": qw.blocksize, "NESTED": qw.double_quant, "PTX": has_ptx()}
+        config = config_of(Problem("dequantize_elements", K=count), w.packed.device)
+        args = (*args[:5], constant(w.quant_type, w.packed.device))
+        flags = {"BLOCK": config.block_n, "BLOCKSIZE": w.blocksize, "NESTED": w.absmax2 is not None, "PTX": has_ptx()}
         grid = (cdiv(count, config.block_n),)
         launch(dequantize_elements, grid, (*args, out, first, count, cols, stride), flags, config)

@@ -11,14 +11,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...formats import QuantizedWeight
 from ...layer import Layer
 from .dequantize import decode_panel, slices
-from .launch import launch, rank_block
+from .launch import config_of, launch, rank_block
 from .low_rank import expand, keep_args, low_rank
-from .settings import Config, cdiv
+from .settings import cdiv
 from .tiles import cast, dot, kept, load_weight, swizzle, to_float
-from .weights import group_of, weight_args, weight_meta
+from .weights import linear_problem, weight_args, weight_meta
 
 
 @triton.jit(do_not_specialize=["M", "threshold"])
@@ -93,41 +92,42 @@ def dx_fused(
     tl.store(place, cast(acc, DT), mask=mine)
 
 
-def add_dx(dy: Tensor, g: Tensor | None, layer: Layer, qw: QuantizedWeight, config: Config, onto: Tensor | None) -> Tensor:
+def add_dx(dy: Tensor, g: Tensor | None, layer: Layer, onto: Tensor | None) -> Tensor:
     """`dy W + dropout(s g A)`, added to `onto` if it is given."""
-    N, K = qw.shape
-    M, A = dy.shape[0], layer.lora_A
+    problem, A = linear_problem("dx", dy, layer), layer.lora_A
+    _, M, N, K, r, *_ = problem
+    config = config_of(problem, dy.device)
     if config.path == "panel":
         if g is not None and A is not None:
             onto = expand(g, A, False, layer.scaling, None, layer.dropout_p, layer.seed, onto)
-        return add_panels(dy, qw, onto)
+        return add_panels(dy, layer, onto)
     dx = dy.new_empty(M, K) if onto is None else onto
     seed, threshold, keep_scale, flags = keep_args(layer.seed, layer.dropout_p, K)
     flags |= {
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
-        "R": rank_block(layer.r, config.ranks),
+        "R": rank_block(r, config.ranks),
         "GROUP_M": config.group,
         "LORA": g is not None,
         "ADD": onto is not None,
         "EVEN_N": N % config.block_n == 0,
     }
     grid = (cdiv(M, config.block_m) * cdiv(K, config.block_k),)
-    args = (dy, g, A, dx, seed, threshold, layer.scaling * keep_scale, M, N, K, layer.r)
-    meta = weight_meta(qw, group_of(qw, K), dy.dtype)
-    launch(dx_fused, grid, (*weight_args(qw, dy.dtype), *args), flags | meta, config)
+    args = (dy, g, A, dx, seed, threshold, layer.scaling * keep_scale, M, N, K, r)
+    meta = weight_meta(layer, problem.group, dy.dtype)
+    launch(dx_fused, grid, (*weight_args(layer, dy.dtype), *args), flags | meta, config)
     return dx
 
 
-def add_panels(dy: Tensor, qw: QuantizedWeight, onto: Tensor | None) -> Tensor:
+def add_panels(dy: Tensor, layer: Layer, onto: Tensor | None) -> Tensor:
     """`dy W`, added to `onto` if it is given, a strip of columns at a time."""
-    N, K = qw.shape
+    N, K = layer.shape
     dx = dy.new_empty(dy.shape[0], K) if onto is None else onto
     strips = slices(K, N * dy.itemsize)
     panel = dy.new_empty(N * len(strips[0]))
     for cols in strips:
-        w = decode_panel(qw, range(N), cols, panel)
+        w = decode_panel(layer, range(N), cols, panel)
         strip = dx[:, cols.start : cols.stop]
         torch.mm(dy, w, out=strip) if onto is None else strip.addmm_(dy, w)
     return dx

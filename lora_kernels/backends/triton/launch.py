@@ -72,8 +72,9 @@ def launch(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], meta: dict
     else:
         kinds = [(a.dtype, a.data_ptr() % 16) if isinstance(a, Tensor) else a for a in args]
         key = (args[0].device, kernel, config, *meta.values(), *kinds)
-        if key in _compiled:
-            compiled, constants = _compiled[key]
+        found = _compiled.get(key)
+        if found is not None:
+            compiled, constants = found
             compiled[(*grid, 1, 1)[:3]](*args, *constants)
         else:
             if len(_compiled) >= MOST_COMPILED:

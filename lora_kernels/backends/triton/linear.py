@@ -15,15 +15,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...formats import QuantizedWeight
 from ...layer import Layer
 from .dequantize import decode_panel, slices
-from .launch import launch, rank_block
+from .launch import config_of, launch, rank_block
 from .low_rank import expand, low_rank, project
-from .settings import Config, Problem, cdiv
+from .settings import Config, cdiv
 from .settings.nvidia import gluon_kernel
 from .tiles import cast, dot, last_arrival, load_weight, shuffle_k, swizzle, to_float
-from .weights import group_of, weight_args, weight_meta
+from .weights import linear_problem, weight_args, weight_meta
 from .workspace import counters
 
 
@@ -203,27 +202,21 @@ def linear_fused(
 # ---- launchers
 
 
-def linear_problem(op: str, rows: Tensor, layer: Layer, qw: QuantizedWeight) -> Problem:
-    """`op` (`qlora_linear` or `dx`) on `rows`, which are x or dy."""
-    N, K = qw.shape
-    group = group_of(qw, K)
-    in_words = group == qw.blocksize == 64 and qw.absmax.data_ptr() % 16 == 0
-    dtype = rows.dtype
-    return Problem(op, rows.shape[0], N, K, layer.r, dtype == torch.float32, layer.dropout_p > 0, group, in_words)
-
-
-def linear(x: Tensor, layer: Layer, qw: QuantizedWeight, config: Config, h: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def linear(x: Tensor, layer: Layer, h: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """`y [M, N]` and `h [M, r]`, both in x.dtype; `h` is not computed where it is given."""
+    problem = linear_problem("qlora_linear", x, layer)
+    config = config_of(problem, x.device)
     if h is None:
-        M, A = x.shape[0], layer.lora_A
-        h = x.new_empty(M, layer.r) if A is None or config.fuse_h else project(x, A, layer.dropout_p, layer.seed)
-    launcher = {"small": _small, "panel": _panel}.get(config.path, _fused)
-    return launcher(x, h, layer, qw, config), h
+        A = layer.lora_A
+        h = x.new_empty(x.shape[0], problem.r) if A is None or config.fuse_h else project(x, A, layer.dropout_p, layer.seed)
+    if config.path == "panel":
+        return _panel(x, h, layer), h
+    return (_small if config.path == "small" else _fused)(x, h, layer, problem.group, config), h
 
 
-def _small(x: Tensor, h: Tensor, layer: Layer, qw: QuantizedWeight, config: Config) -> Tensor:
+def _small(x: Tensor, h: Tensor, layer: Layer, group: int, config: Config) -> Tensor:
     """Computes `h` too, into `h`, where the setting says so."""
-    N, K = qw.shape
+    N, K = layer.shape
     M, r = h.shape
     A = layer.lora_A if config.fuse_h else None
     y, split, grid = x.new_empty(M, N), config.split, (cdiv(N, config.block_n), config.split)
@@ -245,13 +238,12 @@ def _small(x: Tensor, h: Tensor, layer: Layer, qw: QuantizedWeight, config: Conf
         "SCALE_WORDS": config.scale_words,
     }
     args = (x, A, layer.lora_B, layer.bias, h, h_partial, y, partial, counter, layer.scaling, M, N, K, r, split)
-    meta = weight_meta(qw, group_of(qw, K), x.dtype)
-    launch(linear_small, grid, (*weight_args(qw, x.dtype), *args), flags | meta, config)
+    launch(linear_small, grid, (*weight_args(layer, x.dtype), *args), flags | weight_meta(layer, group, x.dtype), config)
     return y
 
 
-def _fused(x: Tensor, h: Tensor, layer: Layer, qw: QuantizedWeight, config: Config) -> Tensor:
-    N, K = qw.shape
+def _fused(x: Tensor, h: Tensor, layer: Layer, group: int, config: Config) -> Tensor:
+    N, K = layer.shape
     M, r = h.shape
     y = x.new_empty(M, N)
     flags = {
@@ -267,19 +259,19 @@ def _fused(x: Tensor, h: Tensor, layer: Layer, qw: QuantizedWeight, config: Conf
     else:
         kernel, flags = linear_fused, flags | {"R": rank_block(r, config.ranks), "EVEN_K": K % config.block_k == 0}
     grid = (cdiv(M, config.block_m) * cdiv(N, config.block_n),)
-    args = (*weight_args(qw, x.dtype), x, h, layer.lora_B, layer.bias, y, layer.scaling, M, N, K, r)
-    launch(kernel, grid, args, flags | weight_meta(qw, group_of(qw, K), x.dtype), config)
+    args = (*weight_args(layer, x.dtype), x, h, layer.lora_B, layer.bias, y, layer.scaling, M, N, K, r)
+    launch(kernel, grid, args, flags | weight_meta(layer, group, x.dtype), config)
     return y
 
 
-def _panel(x: Tensor, h: Tensor, layer: Layer, qw: QuantizedWeight, config: Config) -> Tensor:
-    N, K = qw.shape
+def _panel(x: Tensor, h: Tensor, layer: Layer) -> Tensor:
+    N, K = layer.shape
     B, bias = layer.lora_B, layer.bias
     y = x.new_empty(x.shape[0], N) if B is None else expand(h, B, True, layer.scaling, bias, 0.0, None)
     strips = slices(N, K * x.itemsize)
     panel = x.new_empty(len(strips[0]) * K)
     for rows in strips:
-        w = decode_panel(qw, rows, range(K), panel)
+        w = decode_panel(layer, rows, range(K), panel)
         out = y[:, rows.start : rows.stop]
         if B is not None:
             out.addmm_(x, w.T)

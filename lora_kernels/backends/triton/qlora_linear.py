@@ -19,13 +19,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ...formats import QuantizedWeight
 from ...layer import Layer
 from .dx import add_dx, add_panels
 from .launch import config_of, on
-from .linear import linear, linear_problem
+from .linear import linear
 from .low_rank import expand, project, read, read_dy
-from .settings import Config
+from .weights import linear_problem
 
 Gradients = list[Tensor | None]
 """One for each layer, None where it was not asked for."""
@@ -37,17 +36,8 @@ def qlora_linear(x: Tensor, layers: Sequence[Layer]) -> tuple[list[Tensor], list
     if M == 0:
         return [x.new_empty(0, layer.shape[0]) for layer in layers], [x.new_empty(0, layer.r) for layer in layers]
     with on(x.device):
-        weights, configs = _settings("qlora_linear", [x] * len(layers), layers)
-        given: dict[int, Tensor] = {}
-        # few rows are read from cache, and h is computed with y
-        if all(config.path != "small" for config in configs):
-            stack = stack_of(layers, [True] * len(layers))
-            if stack is not None:
-                hs = project(x, stack.A, stack.dropout_p, stack.seed, stack.each)
-                # a copy each: results of an op must not share memory
-                given = {i: h[:, :r].clone() for i, h, r in zip(stack.layers, hs, stack.ranks, strict=True)}
-        each = zip(layers, weights, configs, strict=True)
-        outs = [linear(x, layer, qw, config, given.get(i)) for i, (layer, qw, config) in enumerate(each)]
+        given = _stacked_h(x, layers) if len(layers) > 1 else {}
+        outs = [linear(x, layer, given.get(i)) for i, layer in enumerate(layers)]
     return [y for y, _ in outs], [h for _, h in outs]
 
 
@@ -73,13 +63,6 @@ def qlora_linear_backward(
         dAs = _each_dA(x, gs, layers, [need_dA for need_dA, _, _ in needs])
         dx = _dx(dys, gs, layers) if need_dx else None
     return dx, dAs, dBs, dbiases
-
-
-def _settings(op: str, rows: Sequence[Tensor], layers: Sequence[Layer]) -> tuple[list[QuantizedWeight], list[Config]]:
-    """The weight of each layer, and how it is multiplied with its `rows`."""
-    weights = [layer.weight for layer in layers]
-    problems = (linear_problem(op, t, layer, qw) for t, layer, qw in zip(rows, layers, weights, strict=True))
-    return weights, [config_of(problem, rows[0].device) for problem in problems]
 
 
 @dataclass(frozen=True)
@@ -118,9 +101,27 @@ def stack_of(layers: Sequence[Layer], wanted: Sequence[bool]) -> Stack | None:
     return Stack(chosen, ranks, each, A, layers[chosen[0]].dropout_p, torch.cat(seeds) if seeds else None)
 
 
+def _paths(op: str, rows: Sequence[Tensor], layers: Sequence[Layer]) -> set[str]:
+    """The paths that layers take."""
+    each = zip(rows, layers, strict=True)
+    return {config_of(linear_problem(op, t, layer), t.device).path for t, layer in each}
+
+
+def _stacked_h(x: Tensor, layers: Sequence[Layer]) -> dict[int, Tensor]:
+    """`h` of the layers that are stacked."""
+    if "small" in _paths("qlora_linear", [x] * len(layers), layers):
+        return {}  # few rows are read from cache, and h is computed with y
+    stack = stack_of(layers, [True] * len(layers))
+    if stack is None:
+        return {}
+    hs = project(x, stack.A, stack.dropout_p, stack.seed, stack.each)
+    # a copy each: results of an op must not share memory
+    return {i: h[:, :r].clone() for i, h, r in zip(stack.layers, hs, stack.ranks, strict=True)}
+
+
 def _each_dA(x: Tensor | None, gs: Gradients, layers: Sequence[Layer], wanted: list[bool]) -> Gradients:  # noqa: N802
     dAs: Gradients = [None] * len(layers)
-    stack = stack_of(layers, wanted) if x is not None and x.shape[0] else None
+    stack = stack_of(layers, wanted) if len(layers) > 1 and x is not None and x.shape[0] else None
     if x is not None and stack is not None:
         grads = [torch.empty_like(stack.A[: stack.each]) for _ in stack.layers]
         read(x, None, _scaled(stack, gs, layers), 1.0, grads, True, None, stack.dropout_p, stack.seed)
@@ -148,15 +149,14 @@ def _scaled(stack: Stack, gs: Gradients, layers: Sequence[Layer]) -> Tensor:
 def _dx(dys: Sequence[Tensor], gs: Gradients, layers: Sequence[Layer]) -> Tensor:
     if dys[0].shape[0] == 0:
         return dys[0].new_empty(0, layers[0].shape[1])
-    weights, configs = _settings("dx", dys, layers)
     dx: Tensor | None = None
     done: list[int] = []
-    if all(config.path == "panel" for config in configs):
+    if len(layers) > 1 and _paths("dx", dys, layers) == {"panel"}:
         stack = stack_of(layers, [g is not None for g in gs])
         if stack is not None:
             dx = expand(_scaled(stack, gs, layers), stack.A, False, 1.0, None, stack.dropout_p, stack.seed)
             done = stack.layers
-    for i, (dy, g, layer, qw, config) in enumerate(zip(dys, gs, layers, weights, configs, strict=True)):
-        dx = add_panels(dy, qw, dx) if i in done else add_dx(dy, g, layer, qw, config, dx)
+    for i, (dy, g, layer) in enumerate(zip(dys, gs, layers, strict=True)):
+        dx = add_panels(dy, layer, dx) if i in done else add_dx(dy, g, layer, dx)
     assert dx is not None
     return dx

@@ -115,8 +115,13 @@ def quantize(
     bad = torch.zeros(1, dtype=torch.int32, device=device)
     config = config_of(Problem("quantize", K=n), device)
     many = max(1, config.block_n // blocksize)
-    flags = {"BLOCKSIZE": blocksize, "N_BLOCKS": many, "TAIL": n % blocksize != 0}
-    flags |= {"MIDPOINTS": format_of(quant_type).midpoints, "ORDER": _order(quant_type)}
+    flags = {
+        "BLOCKSIZE": blocksize,
+        "N_BLOCKS": many,
+        "TAIL": n % blocksize != 0,
+        "MIDPOINTS": format_of(quant_type).midpoints,
+        "ORDER": _order(quant_type),
+    }
     with on(device):
         launch(quantize_blocks, (cdiv(n_blocks, many),), (weight, packed, absmax, bad, n), flags, config)
         if not bad.is_meta and bad.item():
