@@ -15,8 +15,7 @@ MODEL := demo/SmolLM2-135M-Instruct
 # These targets run on the CPU, and the CUDA code takes minutes to compile: `make gpu` is for machines that need it.
 export LORA_KERNELS_BUILD ?= cpu
 # Those that compute in the CPU kernels, for test-levels; TESTS=tests takes all.
-KERNEL_TESTS := ops/test_[!bc]*.py backends/test_native.py layers/test_[!a]*.py hf/test_bitsandbytes.py
-TESTS ?= $(addprefix tests/,$(KERNEL_TESTS))
+TESTS ?= tests/ops tests/layers tests/backends/test_native.py tests/hf/test_bitsandbytes.py
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 # A wheel holds a compiled module for each of these versions of torch; 2.15 is there from Python 3.11 on.
 WHEEL_TORCH ?= 2.11.0 2.12.0 2.13.0 2.14.1 $(if $(filter 3.10,$(VERSION)),,2.15.0)

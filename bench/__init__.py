@@ -4,7 +4,13 @@
     python -m bench report | targets | tune | profile OP SHAPE | compile-check --arch 80 90 100
     pytest bench --benchmark-only -k dequantize
 
-From the bottom up: `cases` has the shapes, `rivals` the contenders, `measure` the clock, `suite` judges and times a line;
-`bench_weight`, `bench_layer`, `bench_model` and `bench_memory` are the suites; `report`, `plot`, `grid` and `targets` read
-results.
+From the bottom up, each imports only what stands before it:
+
+    measure   the clock, the ceilings and the description of the machine
+    suite     judges and times a line, in which several contenders solve one problem
+    rivals/   the contenders for one layer
+    suites/   the lines
+    tools/    tuner, profiler and the checks of compiled kernels
+    report/   tables, pictures and pages from results
+    cli       the commands
 """

@@ -22,31 +22,16 @@ import torch
 from lora_kernels.allocator import keep_freed_memory
 from lora_kernels.app.threads import BUSY, Meter, fit
 
-from . import report as report_
-from .measure import QUICK, Effort, environment, waited_now
-from .report import grid
-from .report import targets as targets_
+from .measure import QUICK, environment, waited_now
+from .report import grid, overview, page, targets
 from .report.plot import draw
-from .suite import OURS, Line, run_suite, write_json, write_text, wrong_lines
-from .suites import cases
-from .suites import layer as bench_layer
-from .suites import memory as bench_memory
-from .suites import model as bench_model
-from .suites import weight as bench_weight
-from .tools import compile_check as compile_check_
-from .tools import cuda_builds, profile_op
-from .tools import tune as tune_
+from .suite import OURS, run_suite, write_json, write_text, wrong_lines
+from .suites import memory
+from .suites.catalogue import GPU_ORDER, GRID, SUITES, effort_of, lines_of
+from .tools import compile_check, profile_op, tune
 
 warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 app = typer.Typer(help="Benchmarks of lora_kernels, side by side with what one would use instead.", no_args_is_help=True)
-
-SUITES = ("train_step", "decode", "train_layer", "forward", "dequantize", "quantize", "decode_absmax", "memory")
-"""Those of `all`."""
-GPU_ORDER = ("dequantize", "train_layer", "forward", "train_step", "memory", "quantize", "decode_absmax", "decode")
-"""On a GPU, where the time may be up before all is measured: what tells most first."""
-GRID = "grid"
-"""Every shape at every number of tokens and threads, against two rivals; seven minutes more."""
-MODEL_SUITES = ("train_step", "decode")
 
 
 def fail(message: str) -> NoReturn:
@@ -67,24 +52,6 @@ def get_device(name: str) -> torch.device:
         built = "" if torch.version.cuda else f"; this torch ({torch.__version__}) is built without CUDA"
         fail(f"--device cuda: torch finds no CUDA GPU{built}")
     return torch.device(name, torch.cuda.current_device()) if name == "cuda" else torch.device(name)
-
-
-def lines_of(
-    suite: str, device: torch.device, quick: bool, model: str | None, layers: int | None, batch: int, length: int
-) -> Sequence[Line]:
-    if suite in MODEL_SUITES:
-        models = [(model, layers)] if model else default_models(device, quick)
-        return [line for m, n in models for line in bench_model.lines(suite, device, m, layers or n, quick, batch, length)]
-    if suite in bench_weight.CLASSES:
-        return bench_weight.lines(suite, device, quick)
-    return bench_layer.lines(suite, device, quick)
-
-
-def default_models(device: torch.device, quick: bool) -> list[tuple[str, int | None]]:
-    """A shape and how many of its layers."""
-    if quick:
-        return [("tiny", None)]
-    return [("smollm2-135m", None)] if device.type == "cpu" else [("llama-3.2-1b", None), ("llama-3.1-8b", 8)]
 
 
 def names_of(contenders: Sequence[str], against: str) -> list[str]:
@@ -152,7 +119,7 @@ def run(
     if save and (quick or only):
         fail("--save replaces the results of whole suites: not with --quick or --only")
     if save:
-        folder = report_.RESULTS / device_slug(where, env["device"])
+        folder = overview.RESULTS / device_slug(where, env["device"])
         json, plot = json or folder, plot or folder
     results: list[dict[str, Any]] = []
     for suite in suites:
@@ -160,10 +127,10 @@ def run(
         meter = Meter() if on_cpu else None
         file, picture = (target(p, suite, s, len(suites) > 1) for p, s in ((json, ".json"), (plot, ".png")))
         if suite == "memory":
-            if not any(only in bench_layer.label(case) for case in cases.memory(where, quick)):
+            if not any(only in label for label in memory.labels(where, quick)):
                 continue
-            names = names_of(bench_layer.TRAIN_NAMES, against)
-            results.append(bench_memory.run_suite(where, names, console, env, quick, only, deadline))
+            names = names_of(memory.NAMES, against)
+            results.append(memory.run_suite(where, names, console, env, quick, only, deadline))
             _finish(results[-1], file, picture, meter)
             continue
         try:
@@ -181,9 +148,9 @@ def run(
     if not results:
         fail(f"--only: no line contains {only!r}")
     if len(results) > 1:
-        report_.show(results, console)
+        overview.show(results, console)
     if set(suites) >= set(SUITES):
-        targets_.show(results, console)
+        targets.show(results, console)
     if bad := [f"{r['suite']} {line}" for r in results for line in wrong_lines(r)]:
         fail("lora_kernels is wrong on " + "; ".join(bad))
 
@@ -208,49 +175,41 @@ def device_slug(device: torch.device, name: Any) -> str:
     return "cpu" if device.type == "cpu" else re.sub(r"[^a-z0-9]+", "-", str(name).lower()).strip("-")
 
 
-def effort_of(suite: str, device: torch.device, seconds: float) -> Effort:
-    if suite in MODEL_SUITES:  # a step takes seconds: few rounds, one step each
-        return Effort(10.0, 5, 9, 1.0)
-    if suite == GRID:
-        return Effort(1.5 * seconds, 3, 15)
-    if device.type == "cuda":  # events are steadier than the clock of a shared CPU: shorter rounds will do
-        return Effort(seconds, round_ms=2.0)
-    return Effort(seconds)
-
-
-@app.command()
-def report(
-    readme: Annotated[Path, typer.Option(help="file that gets the summary between its markers")] = report_.ROOT / "README.md",
-    page: Annotated[Path, typer.Option(help="file that gets everything; a picture of all suites beside it")] = report_.PAGE,
-    results: Annotated[Path, typer.Option(help="folder of result files")] = report_.RESULTS,
+@app.command("report")
+def write_report(
+    readme: Annotated[Path, typer.Option(help="file that gets the summary between its markers")] = page.README,
+    everything: Annotated[
+        Path, typer.Option("--page", help="file that gets everything; a picture of all suites beside it")
+    ] = page.PAGE,
+    results: Annotated[Path, typer.Option(help="folder of result files")] = overview.RESULTS,
 ) -> None:
     """Writes the page of all results, the README's summary and the pictures from the result files."""
-    found = report_.load(results)
+    found = overview.load(results)
     if not found:
         fail(f"no results in {results}: python -m bench run all --json {results}/cpu")
     try:
-        report_.update(readme, report_.section(found))
-        write_text(page, report_.page(found, page.resolve().parent))
-        report_.pictures(found, page.resolve().parent)
+        page.update(readme, page.section(found))
+        write_text(everything, page.document(found, everything.resolve().parent))
+        page.pictures(found, everything.resolve().parent)
     except (OSError, ValueError, ImportError) as e:
         fail(str(e))
-    typer.echo(f"{readme}, {page}: {len(found)} suites")
+    typer.echo(f"{readme}, {everything}: {len(found)} suites")
 
 
-@app.command()
-def targets(
+@app.command("targets")
+def show_targets(
     device: Annotated[str, typer.Option(help="folder of the results")] = "cpu",
-    results: Annotated[Path, typer.Option(help="folder of result folders")] = report_.RESULTS,
+    results: Annotated[Path, typer.Option(help="folder of result folders")] = overview.RESULTS,
 ) -> None:
     """Which of the speeds that the project promises were reached, and by how much the others were missed."""
-    found = [result for _, result in report_.load(results / device)]
+    found = [result for _, result in overview.load(results / device)]
     if not found:
         fail(f"no results in {results / device}: python -m bench run all --save")
-    targets_.show(found, make_console())
+    targets.show(found, make_console())
 
 
-@app.command()
-def tune(
+@app.command("tune")
+def sweep(
     device: Annotated[str, typer.Option(help="cuda")] = "cuda",
     only: Annotated[str, typer.Option(help="dequantize, qlora_linear or dx")] = "",
     quick: Annotated[bool, typer.Option(help="one layer, two sizes")] = False,
@@ -261,7 +220,7 @@ def tune(
         fail("tune: the C++ backend has no launch settings; this needs a CUDA GPU")
     where = get_device(device)
     try:
-        path = tune_.tune(where, quick, only, out, make_console())
+        path = tune.tune(where, quick, only, out, make_console())
     except RuntimeError as e:
         fail(str(e))
     typer.echo(f"wrote {path}")
@@ -287,7 +246,7 @@ def profile(
 
 
 @app.command("compile-check")
-def compile_check(
+def check_triton(
     arch: Annotated[list[int] | None, typer.Option(help="compute capabilities; default 80 90 100")] = None,
     more: Annotated[list[int] | None, typer.Argument(help="further ones, so that --arch 80 90 100 works")] = None,
     only: Annotated[str, typer.Option(help="kernels whose name contains this text")] = "",
@@ -297,20 +256,15 @@ def compile_check(
     recorded.  Needs no GPU."""
     console = make_console()
     try:
-        bad = compile_check_.check_triton(
-            [*(arch or []), *(more or [])] or list(compile_check_.TRITON_ARCHS), only, console, record
-        )
+        archs = [*(arch or []), *(more or [])] or list(compile_check.TRITON_ARCHS)
+        bad = compile_check.check_triton(archs, only, console, record)
     except (RuntimeError, ValueError) as e:
         fail(str(e))
-    console.print(
-        f"{compile_check_.triton_version()}: " + (f"[red]{bad} kernels are not as they should be" if bad else "all ok")
-    )
-    if bad:
-        raise typer.Exit(1)
+    verdict(console, compile_check.triton_version(), bad)
 
 
-@app.command()
-def resources(
+@app.command("resources")
+def check_cuda(
     arch: Annotated[list[int] | None, typer.Option(help="compute capabilities; default 75 80 90 100 120")] = None,
     more: Annotated[list[int] | None, typer.Argument(help="further ones, so that --arch 80 90 works")] = None,
     only: Annotated[str, typer.Option(help="sources whose name contains this text")] = "",
@@ -318,11 +272,11 @@ def resources(
     """The same for every kernel in CUDA C++, with nvcc; exit code 1 on a spill or a lost matrix instruction.  Needs no GPU."""
     console = make_console()
     try:
-        archs = [*(arch or []), *(more or [])] or list(compile_check_.CUDA_ARCHS)
-        bad = compile_check_.check_cuda(archs, only, console)
+        archs = [*(arch or []), *(more or [])] or list(compile_check.CUDA_ARCHS)
+        bad = compile_check.check_cuda(archs, only, console)
     except RuntimeError as e:
         fail(str(e))
-    verdict(console, cuda_builds.version(), bad)
+    verdict(console, compile_check.cuda_version(), bad)
 
 
 def verdict(console: Console, compilers: str, bad: int) -> None:

@@ -7,30 +7,17 @@ within one interleaved run, which `python -m bench run` reports, are the more tr
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 
 from .suite import OURS, Contender, Line, prepare
-from .suites import layer as bench_layer
-from .suites import weight as bench_weight
+from .suites.catalogue import problems
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-SUITES = (*bench_weight.CLASSES, "forward", "train_layer")
-
-
-def lines(suite: str) -> Sequence[Line]:
-    module: Any = bench_weight if suite in bench_weight.CLASSES else bench_layer
-    return module.lines(suite, DEVICE, quick=True)
-
-
 PROBLEMS = [
-    pytest.param(line, name, id=f"{suite}-{line.label.replace('  ', '-')}-{name}")
-    for suite in SUITES
-    for line in lines(suite)
-    for name in line.names
+    pytest.param(line, name, id=f"{line.suite}-{line.label.replace('  ', '-')}-{name}") for line, name in problems(DEVICE)
 ]
 
 

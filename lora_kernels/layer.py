@@ -6,6 +6,7 @@ extension tells its own, and a module that was compiled with another one is refu
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -70,6 +71,8 @@ class Layer(NamedTuple):
 
 
 FIELDS = Layer._fields
+make = functools.partial(tuple.__new__, Layer)
+"""A layer of the tuple of all its fields, in a third of the time of `Layer(...)`, which counts in a layer with one row."""
 N_WEIGHT = FIELDS.index("lora_A")
 """How many fields are the weight's."""
 TENSORS = ("packed", "absmax", "absmax2", "code2", "offset", "lora_A", "lora_B", "bias", "seed")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .autograd import dequantize, linears, quantize
 from .formats import WEIGHT_DTYPES, QuantizedWeight, dtype_name
 from .grouping import InputGroup, cast
-from .layer import Layer
+from .layer import Layer, make
 from .packed import SCALES, PackedWeight
 
 if TYPE_CHECKING:
@@ -220,7 +220,8 @@ class FusedQLoRALinear(PackedWeight, nn.Module):
             adapter = self.adapters[name]
             A, B = self.lora_matrices(name)
             scaling, dropout_p = adapter.scaling, adapter.lora_dropout if self.training else 0.0
-        return Layer(packed, absmax, absmax2, code2, offset, shape, quant_type, blocksize, A, B, scaling, bias, dropout_p)  # type: ignore[arg-type]
+        weight = packed, absmax, absmax2, code2, offset, shape, quant_type, blocksize
+        return make((*weight, A, B, scaling, bias, dropout_p, None))
 
     @property
     def quantized_weight(self) -> QuantizedWeight:

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from conftest import python
+from helpers import python
 
 from lora_kernels.backends import native
 from lora_kernels.requirements import PIP

@@ -6,7 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import python
+from helpers import python
 
 from lora_kernels import requirements
 from lora_kernels.requirements import FLOORS, PIP, TooOldError, installed, missing, numbers, require

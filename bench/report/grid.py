@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..names import plain
 from ..suite import OURS, ours_for, time_text
+from .names import plain
 
 EXTREMES = 5
 """Lines at either end that are shown with what they need."""

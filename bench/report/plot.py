@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..names import SUITES, plain
 from ..suite import GRAPH, OURS, threads_text
 from . import grid
+from .names import SUITES, plain
 
 SATURATED = 4.0
 """Ratio from which on a cell is as blue (or as red, at its inverse) as it gets."""

@@ -9,8 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ..names import plain
 from ..suite import GRAPH, OURS, time_text
+from .names import plain
 
 Row = dict[str, Any]
 

@@ -1,4 +1,4 @@
-"""Unsloth's and LoRAFusion's kernels, imported without the training stacks around them.
+"""Rivals that run on a GPU only: Unsloth's and LoRAFusion's kernels, imported without the training stacks around them.
 
 Both are repositories that expect much else to be installed at import.  What their kernel files import and do not need for one
 linear layer (device detection, fp8 kernels, loggers, their own benchmarks) is replaced by stand-ins during the import; the
@@ -26,7 +26,50 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_kernels.testing import Inputs
+
 from ..suite import UnavailableError
+from .base import Layer, adapter, need
+from .bnb_peft import linear4bit, with_peft
+
+
+def unsloth(inputs: Inputs, W: Tensor) -> Layer:
+    """Unsloth's `LoRA_W` over a bitsandbytes weight; for one token without gradients `fast_linear_forward`, its decoding."""
+    fast_lora, utils = unsloth_kernels()
+    proj = with_peft(inputs, linear4bit(inputs.qw), autocast=False)
+    base, (A, B), s = proj.forward.base_layer, proj.leaves, inputs.case.scaling
+
+    def forward(x: Tensor) -> Tensor:
+        if x.shape[0] == 1 and not torch.is_grad_enabled():
+            return utils.fast_linear_forward(proj.forward, x.unsqueeze(0)).squeeze(0)
+        return fast_lora.LoRA_W.apply(x.unsqueeze(0), base.weight, base.weight.quant_state, A, B, s).squeeze(0)
+
+    return Layer(forward, (A, B), inputs.qw.nbytes)
+
+
+def unsloth_dequantize() -> Callable[..., Tensor]:
+    return unsloth_kernels()[1].fast_dequantize
+
+
+def lorafusion(dequantize: bool) -> Callable[[Inputs, Tensor], Layer]:
+    """LoRAFusion's fused kernels: over a 16-bit weight, its own use, or over one that bitsandbytes dequantizes in each call."""
+
+    def make(inputs: Inputs, W: Tensor) -> Layer:
+        fused = lorafusion_kernel()
+        (A, B), s, base = adapter(inputs), inputs.case.scaling, W.clone()
+        if dequantize:
+            functional, held = need("bitsandbytes").functional, linear4bit(inputs.qw).weight
+
+        def forward(x: Tensor) -> Tensor:
+            weight = functional.dequantize_4bit(held.data, held.quant_state).to(x.dtype) if dequantize else base
+            return fused(x.unsqueeze(0), weight, A.to(x.dtype), B.to(x.dtype), s, seed=0, dropout_p=0.0).squeeze(0)
+
+        return Layer(forward, (A, B), inputs.qw.nbytes if dequantize else W.nbytes)
+
+    return make
+
+
+# ---- their kernels
 
 
 class _Stub(ModuleType):
@@ -88,7 +131,7 @@ class _CurrentStreams:
 
 
 @functools.cache
-def unsloth() -> tuple[ModuleType, ModuleType]:
+def unsloth_kernels() -> tuple[ModuleType, ModuleType]:
     """`unsloth.kernels.fast_lora` and `unsloth.kernels.utils`."""
     root = _root("UNSLOTH_PATH", "unsloth")
     if not torch.cuda.is_available():
@@ -122,7 +165,7 @@ def unsloth() -> tuple[ModuleType, ModuleType]:
 
 
 @functools.cache
-def lorafusion() -> Callable[..., Tensor]:
+def lorafusion_kernel() -> Callable[..., Tensor]:
     """`fused_linear_lora(x [1, M, K], W, A, B, alpha, seed, dropout_p)`."""
     root = _root("LORAFUSION_PATH", "lorafusion")
     if not torch.cuda.is_available():

@@ -13,7 +13,8 @@ from torch.nn.functional import linear
 from lora_kernels.testing import Case, Inputs, Results
 
 from ..measure import cache_bytes
-from ..rivals import REGISTRY, Layer, on
+from ..rivals.base import Layer
+from ..rivals.registry import REGISTRY, on
 from ..suite import OURS, Contender, Line, mismatch
 from . import cases
 

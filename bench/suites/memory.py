@@ -31,13 +31,19 @@ import lora_kernels as lk
 from lora_kernels.testing import Case
 
 from ..measure import ROOT
-from ..rivals import REGISTRY, Layer, on
+from ..rivals.base import Layer
+from ..rivals.registry import REGISTRY, on
 from ..suite import OURS, UnavailableError, failure, print_header, print_summary, summary
 from . import cases
-from .layer import TRAIN_NAMES
-from .layer import label as layer_label
+from .layer import TRAIN_NAMES as NAMES
+from .layer import label as label_of
 
 MB = 1e6
+
+
+def labels(device: torch.device, quick: bool) -> list[str]:
+    """Of the lines."""
+    return [label_of(case) for case in cases.memory(device, quick)]
 
 
 def run_suite(
@@ -52,14 +58,14 @@ def run_suite(
     print_header(console, "memory", env)
     rows, left_out = [], []
     for case in cases.memory(device, quick):
-        label = layer_label(case)
+        label = label_of(case)
         if only not in label:
             continue
         if time.monotonic() > deadline:
             left_out.append(label)
             continue
         measure_one = _child if device.type == "cpu" else measure
-        entries = {n: measure_one(n, case, device) for n in on(device, TRAIN_NAMES) if n == OURS or n in against}
+        entries = {n: measure_one(n, case, device) for n in on(device, NAMES) if n == OURS or n in against}
         ours = entries[OURS].get("peak")
         for name, entry in entries.items():
             if name != OURS and ours and "peak" in entry:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import lora_kernels as lk
 from lora_kernels.testing import Results
 
-from ..rivals import need
+from ..rivals.base import need
 from ..suite import FACTOR, OURS, Contender, Line, UnavailableError
 
 R, ALPHA, LR = 16, 32, 1e-4

@@ -14,7 +14,11 @@ from lora_kernels import formats
 from lora_kernels.backends import reference
 from lora_kernels.testing import Results, decode, relative_error
 
-from ..rivals import clone, need, on, to_nf4, torch_decode_absmax, torch_dequantize, unsloth_dequantize
+from ..rivals.base import clone, need
+from ..rivals.gpu import unsloth_dequantize
+from ..rivals.plain import torch_decode_absmax, torch_dequantize
+from ..rivals.registry import on
+from ..rivals.torchao_nf4 import to_nf4
 from ..suite import OURS, Contender, Line, mismatch
 from . import cases
 

@@ -12,6 +12,7 @@ import importlib
 import importlib.util
 import json
 import os
+import re
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
@@ -131,6 +132,7 @@ def check_triton(archs: list[int], only: str, console: Console, record: bool = F
 
 
 def triton_version() -> str:
+    """Of Triton and the torch that it is for."""
     import triton
 
     return f"triton {triton.__version__}, torch {torch.__version__}"
@@ -194,6 +196,13 @@ def check_cuda(archs: list[int], only: str, console: Console) -> int:
         console.print(report.table)
         bad += report.bad
     return bad
+
+
+def cuda_version() -> str:
+    """Of the nvcc that there is."""
+    nvcc = tool("nvcc")
+    found = re.search(r"release [\d.]+, V([\d.]+)", cuda_builds.output(nvcc, "--version")) if nvcc else None
+    return f"nvcc {found.group(1)}" if found else "nvcc"
 
 
 def cuda_lost_matrix(name: str, c: Compiled) -> str | None:

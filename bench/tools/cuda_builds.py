@@ -18,9 +18,9 @@ def compile_source(nvcc: str, source: Path, arch: int) -> list[tuple[str, Compil
     """Name and numbers of each kernel of a source.  Raises RuntimeError if it does not compile."""
     with tempfile.TemporaryDirectory() as folder:
         binary = f"{folder}/{source.stem}.cubin"
-        log = _output(nvcc, "-std=c++17", "-O3", f"-arch=sm_{arch}", "-Xptxas", "-v", "-cubin", str(source), "-o", binary)
+        log = output(nvcc, "-std=c++17", "-O3", f"-arch=sm_{arch}", "-Xptxas", "-v", "-cubin", str(source), "-o", binary)
         disassembler = tool("nvdisasm")
-        code = _functions(_output(disassembler, "-c", binary)) if disassembler else {}
+        code = _functions(output(disassembler, "-c", binary)) if disassembler else {}
     kernels = []
     for entry in log.split("Compiling entry function '")[1:]:
         symbol = entry.partition("'")[0]
@@ -34,13 +34,6 @@ def compile_source(nvcc: str, source: Path, arch: int) -> list[tuple[str, Compil
     return sorted(kernels, key=lambda k: k[0])
 
 
-def version() -> str:
-    """Of the nvcc that there is."""
-    nvcc = tool("nvcc")
-    found = re.search(r"release [\d.]+, V([\d.]+)", _output(nvcc, "--version")) if nvcc else None
-    return f"nvcc {found.group(1)}" if found else "nvcc"
-
-
 def _functions(assembly: str) -> dict[str, Counter[str]]:
     """The opcodes of each function."""
     parts = re.split(r"^\.text\.(\S+):$", assembly, flags=re.MULTILINE)
@@ -50,12 +43,12 @@ def _functions(assembly: str) -> dict[str, Counter[str]]:
 def _readable(symbol: str) -> str:
     """Name and template arguments, without the namespaces and parameters."""
     filter_ = shutil.which("c++filt") or tool("cu++filt")
-    name = _output(filter_, symbol).strip() if filter_ else symbol
+    name = output(filter_, symbol).strip() if filter_ else symbol
     name = re.sub(r"lora_kernels::cuda::|\(anonymous namespace\)::|^void ", "", name)
     return name[: name.rfind("(")] if name.endswith(")") else name
 
 
-def _output(*command: str) -> str:
+def output(*command: str) -> str:
     """Raises RuntimeError with what the command had to say, if it fails."""
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:

@@ -25,7 +25,7 @@ import lora_kernels as lk
 from lora_kernels.testing import Case, make_inputs, relative_error
 
 from ..measure import Effort, Graph, Run, copies_of, environment, interleave, ratio
-from ..rivals import clone
+from ..rivals.base import clone
 from ..suite import write_text
 from ..suites import cases
 

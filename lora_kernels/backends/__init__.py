@@ -54,6 +54,12 @@ def pick(op: str, device: torch.device) -> ModuleType:
         if (reason := why_not(name, op, device)) is not None:
             raise RuntimeError(f"backend {name!r} is forced but can't run on {device}: {reason}")
         return load(name)
+    return best(op, device)
+
+
+@functools.cache
+def best(op: str, device: torch.device) -> ModuleType:
+    """The first backend of `device` that can compute `op`: what `pick` gives where none is forced."""
     return load(next(name for name in order(device) if why_not(name, op, device) is None))
 
 

@@ -11,7 +11,7 @@ import time
 
 import pytest
 import torch
-from conftest import HANG, snapshot
+from helpers import HANG, snapshot
 from safetensors.torch import load_file, save_file
 from tiny_folder import chat, chats, make_folder, write_jsonl
 

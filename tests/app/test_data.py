@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import tiny_llama
+from helpers import tiny_llama
 from tiny_folder import chat, make_tokenizer, write_jsonl
 
 from lora_kernels.app.data import IGNORED, Collator, encode, read_records, split

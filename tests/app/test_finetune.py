@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import snapshot
+from helpers import snapshot
 from tiny_folder import chats, make_folder, write_jsonl
 
 import lora_kernels as lk

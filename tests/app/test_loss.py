@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import tiny_llama
+from helpers import tiny_llama
 from torch import nn
 
 from lora_kernels.app import loss

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import python
+from helpers import python
 
 from lora_kernels.app import threads
 from lora_kernels.app.threads import BUSY, Meter, Reading, Rule, Watch, cpu_quota, fit, threads_for

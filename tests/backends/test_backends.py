@@ -5,7 +5,7 @@ import threading
 
 import pytest
 import torch
-from conftest import CPU, python
+from helpers import CPU, assert_same_bits, python
 from torch import nn
 
 import lora_kernels as lk
@@ -14,7 +14,8 @@ from lora_kernels.backends import reference
 
 
 @pytest.fixture(autouse=True)
-def _nothing_forced(monkeypatch):
+def _nothing_forced_or_found_before(monkeypatch):
+    monkeypatch.setattr(backends, "best", backends.best.__wrapped__)
     monkeypatch.delenv("LORA_KERNELS_BACKEND", raising=False)
     env.backend.cache_clear()
     yield
@@ -146,8 +147,6 @@ def test_native_codebooks_are_ours():
     native = backends.load("native")
     if reason := native.unavailable(CPU):
         pytest.skip(reason)
-    from conftest import assert_same_bits
-
     from lora_kernels.formats import codebook
 
     for quant_type in ("nf4", "fp4"):
@@ -156,12 +155,11 @@ def test_native_codebooks_are_ours():
 
 
 ISA_CHECK = """
-import sys, json, torch
+import json, torch
 import lora_kernels as lk
 from lora_kernels.backends.native import extension
 from lora_kernels.testing import Case, assert_close_to_oracle, decode, make_inputs
-sys.path.insert(0, {tests!r})
-from conftest import run_ops
+from helpers import run_ops
 assert extension().cpu_level() == {level!r}, extension().cpu_level()
 done = 0
 with lk.use_backend("native"):
@@ -192,7 +190,7 @@ def test_native_levels(level, seed):
     levels = native.extension().cpu_levels()
     if level not in levels:
         pytest.skip(f"this CPU has {', '.join(levels)}")
-    code = ISA_CHECK.format(level=level, seed=seed, tests=str(__import__("pathlib").Path(__file__).parents[1]))
+    code = ISA_CHECK.format(level=level, seed=seed)
     assert json.loads(python(code, LORA_KERNELS_CPU_ISA=level, LORA_KERNELS_BACKEND=None).splitlines()[-1]) == 18
 
 

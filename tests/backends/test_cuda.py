@@ -10,12 +10,11 @@ from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
-import cuda_emulated as cuda
 import pytest
 import torch
-from conftest import assert_same_bits
+from emulators import cuda_emulated as cuda
+from helpers import FLOATS, assert_same_bits, random_weight
 from rich.console import Console
-from test_quantize import FLOATS, random_weight
 
 import lora_kernels as lk
 from bench.tools import compile_check, sass

@@ -2,10 +2,10 @@
 
 import random
 
-import cuda_emulated as cuda
 import pytest
 import torch
-from conftest import assert_same_bits
+from emulators import cuda_emulated as cuda
+from helpers import assert_same_bits
 
 from lora_kernels import testing
 from lora_kernels.formats import BLOCKSIZES

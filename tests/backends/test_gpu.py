@@ -4,11 +4,10 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import HANG, assert_same_bits, run_ops
+from helpers import HANG, assert_same_bits, run_ops
 
 import lora_kernels as lk
 from lora_kernels.backends import reference, triton
@@ -221,7 +220,7 @@ def test_weight_of_more_than_2_31_elements():
 SANITIZED = """
 import torch, lora_kernels as lk
 from lora_kernels.testing import Case, make_inputs
-from conftest import run_ops
+from helpers import run_ops
 with lk.use_backend("triton"):
     for M, N, K in ((3, 65, 576), (20, 96, 192), (100, 130, 320), (600, 70, 128)):
         run_ops(make_inputs(Case(M, N, K, r=8, dtype=torch.bfloat16, bias=True, dropout=0.1), 0, "cuda"))
@@ -235,7 +234,7 @@ def test_sanitizer(tool):
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     if sanitizer is None:
         pytest.skip("compute-sanitizer is not installed (it comes with the CUDA toolkit)")
-    env = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    env = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     command = [sanitizer, "--tool", tool, "--error-exitcode", "1", sys.executable, "-c", SANITIZED]
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=HANG)
     assert done.returncode == 0, done.stdout[-4000:]

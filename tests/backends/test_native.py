@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import HANG
+from helpers import HANG
 
 from lora_kernels import quantize, testing
 from lora_kernels.backends import native, reference
@@ -22,7 +22,6 @@ from lora_kernels.testing import Case
 
 pytestmark = pytest.mark.skipif(native.unavailable(torch.device("cpu")) is not None, reason="the C++ extension is not built")
 
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
@@ -199,12 +198,7 @@ def _levels() -> list[str]:
 def test_level_is_right_and_threads_do_not_change_a_bit(level: str):
     runs = []
     for threads in "1", "2":
-        environment = os.environ | {
-            "PYTHONPATH": str(Path(__file__).parents[1]),
-            "LORA_KERNELS_CPU_ISA": level,
-            "OMP_NUM_THREADS": threads,
-            "OMP_WAIT_POLICY": "passive",
-        }
+        environment = os.environ | {"LORA_KERNELS_CPU_ISA": level, "OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "passive"}
         run = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=HANG)
         assert run.returncode == 0, run.stderr
         runs.append(json.loads(run.stdout))
@@ -238,7 +232,7 @@ def _run_memory() -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of resident memory is read from /proc")
 def test_layer_works_in_half_of_a_16_bit_weight():
-    environment = ENVIRONMENT | {"OMP_NUM_THREADS": "2"}
+    environment = os.environ | {"OMP_NUM_THREADS": "2"}
     run = subprocess.run([sys.executable, __file__, "memory"], env=environment, capture_output=True, text=True, timeout=HANG)
     assert run.returncode == 0, run.stderr
     assert 0 < int(run.stdout) < 4096 * 4096 * 2 // 2
@@ -246,7 +240,7 @@ def test_layer_works_in_half_of_a_16_bit_weight():
 
 def test_unknown_level_names_the_levels():
     command = "from lora_kernels.backends import native; native.extension()"
-    environment = ENVIRONMENT | {"LORA_KERNELS_CPU_ISA": "mmx"}
+    environment = os.environ | {"LORA_KERNELS_CPU_ISA": "mmx"}
     run = subprocess.run([sys.executable, "-c", command], env=environment, capture_output=True, text=True, timeout=HANG)
     assert run.returncode != 0 and "portable" in run.stderr and "mmx" in run.stderr
 

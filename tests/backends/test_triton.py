@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CPU, HANG, python
+from helpers import CPU, HANG, python
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_kernels.backends import reference
@@ -260,7 +260,7 @@ def _path(arch: int, K: int, dtype: torch.dtype = torch.bfloat16, blocksize: int
 @pytest.mark.parametrize("block_m", [128, 256])
 def test_gluon_emulated(M, N, K, r, more, stages, block_m):
     """Its indices, masks, prefetches and buffers."""
-    import gluon_emulated
+    from emulators import gluon_emulated
 
     from lora_kernels.backends.triton.launch import recording
     from lora_kernels.backends.triton.linear import linear

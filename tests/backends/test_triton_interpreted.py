@@ -6,7 +6,7 @@ from itertools import chain
 
 import pytest
 import torch
-from conftest import COUNTS, CPU, assert_same_bits, run_ops
+from helpers import COUNTS, CPU, assert_same_bits, run_ops
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 

@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from conftest import assert_same_bits, tiny_llama
+from helpers import assert_same_bits, tiny_llama
 from torch import nn
 
 import lora_kernels as lk

@@ -5,8 +5,6 @@ This file is also the program that torchrun starts: it writes what it saw as JSO
 
 import copy
 import json
-import os
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import HANG, as_bitsandbytes, bits, tiny_llama
+from helpers import as_bitsandbytes, bits, tiny_llama, torchrun
 from tiny_folder import chats, make_folder, write_jsonl
 from torch import nn
 
@@ -187,15 +185,6 @@ def program(out):
 if __name__ == "__main__":
     program(sys.argv[1])
     sys.exit()
-
-
-def torchrun(*program):
-    """Two processes; what they printed, and how torchrun ended."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-endpoint", "localhost:0"]
-    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    command += ["--rdzv-backend", "c10d", "--local-addr", "localhost", *map(str, program)]  # whatever the host's name
-    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=HANG)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_llama
+from helpers import TEXTS, tiny_llama, torchrun
 from torch import nn
 
 import lora_kernels as lk
@@ -17,8 +17,6 @@ import lora_kernels as lk
 for package in ("transformers", "peft", "bitsandbytes", "trl"):
     pytest.importorskip(package)
 from peft import PeftModel  # noqa: E402
-from test_distributed import torchrun  # noqa: E402
-from test_trainers import TEXTS, tokenizer  # noqa: E402, F401
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 from lora_kernels import examples  # noqa: E402
@@ -35,7 +33,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWa
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory, tokenizer):  # noqa: F811
+def model(tmp_path_factory, tokenizer):
     path = tmp_path_factory.mktemp("model")
     tiny_llama(dtype=torch.bfloat16, tied=True).save_pretrained(path)
     tokenizer.save_pretrained(path)

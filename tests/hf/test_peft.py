@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import as_bitsandbytes, assert_same_bits, python, tiny_llama
+from helpers import as_bitsandbytes, assert_same_bits, python, tiny_llama
 from torch import nn
 
 import lora_kernels as lk

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_same_bits, assert_same_state, edit_json, model_bytes, tiny_llama
+from helpers import assert_same_bits, assert_same_state, edit_json, model_bytes, tiny_llama
 from safetensors.torch import load_file, save_file
 from torch import nn
 

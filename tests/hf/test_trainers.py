@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import assert_same_bits, tiny_llama
+from helpers import TEXTS, assert_same_bits, tiny_llama
 
 import lora_kernels as lk
 
@@ -10,11 +10,9 @@ trl = pytest.importorskip("trl")
 peft = pytest.importorskip("peft")
 pytest.importorskip("bitsandbytes")
 from datasets import Dataset  # noqa: E402
-from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
 from transformers import (  # noqa: E402
     AutoModelForCausalLM,
     BitsAndBytesConfig,
-    PreTrainedTokenizerFast,
     Trainer,
     TrainingArguments,
 )
@@ -24,18 +22,7 @@ pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning"),
 ]
-LETTERS = "abcdefghijklmnopqrstuvwxyz ,.:0123456789"
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    vocab = {c: i for i, c in enumerate(["<pad>", "<eos>", "<unk>", *LETTERS])}
-    raw = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    raw.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    tok = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
-    tok.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}.{% endfor %}"
-    return tok
 
 
 @pytest.fixture(scope="module")
@@ -67,9 +54,6 @@ def arguments(tmp_path, **options):
 
 def losses(trainer):
     return [row["loss"] for row in trainer.state.log_history if "loss" in row]
-
-
-TEXTS = [f"number {i} and {i * i} make {i + i * i}." for i in range(16)]
 
 
 def sft(model, tokenizer, tmp_path, messages=False, **options):

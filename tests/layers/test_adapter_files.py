@@ -5,9 +5,8 @@ import shutil
 
 import pytest
 import torch
-from conftest import assert_same_bits, assert_same_state, edit_json, model_bytes, snapshot, tiny_llama
+from helpers import LEAVES, assert_same_bits, assert_same_state, bnb_llama, edit_json, model_bytes, snapshot, tiny_llama
 from safetensors.torch import load_file, save_file
-from test_model import LEAVES, bnb_llama
 from torch import nn
 
 import lora_kernels as lk

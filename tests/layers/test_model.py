@@ -1,20 +1,18 @@
-"""Whole models: `apply_qlora`, `set_adapter`, `disable_adapters`, `verify`."""
+"""Whole models: `apply_qlora`, `set_adapter`, `disable_adapters`."""
 
 import copy
 
 import pytest
 import torch
-from conftest import CPU, assert_same_bits, assert_same_state, model_bytes, same_weight, tiny_llama
+from helpers import LEAVES, assert_same_bits, assert_same_state, bnb_llama, model_bytes, same_weight, tiny_llama
 from torch import nn
 
 import lora_kernels as lk
-from lora_kernels import AdapterConfig, FusedQLoRALinear, backends, env
+from lora_kernels import AdapterConfig, FusedQLoRALinear
 from lora_kernels.model import fused_layers
 from lora_kernels.testing import relative_error
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-LEAVES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def unchanged(model, before):
@@ -182,20 +180,6 @@ def test_peft_model_is_refused():
         lk.apply_qlora(model)
 
 
-def bnb_llama(seed=0, dtype=torch.float32, quant_type="nf4", layers=2):
-    """A random Llama whose linear layers but lm_head are bitsandbytes' with double quantization, in training mode: in eval
-    mode bitsandbytes repacks them on the CPU at the first forward pass."""
-    from test_formats import bnb_linear
-
-    model = tiny_llama(seed, dtype, layers=layers)
-    for name, module in list(model.named_modules()):
-        if type(module) is nn.Linear and name != "lm_head":
-            linear = bnb_linear(module.weight.data, quant_type=quant_type)
-            linear.compute_dtype, linear.compute_type_is_set = dtype, True
-            model.set_submodule(name, linear)
-    return model.train()
-
-
 def test_bitsandbytes_model():
     """The bytes are taken over; every result is that of the bitsandbytes layers."""
     pytest.importorskip("bitsandbytes")
@@ -263,49 +247,6 @@ def test_set_adapter_of_a_merged_model_changes_nothing():
     assert {layer.active_adapter for layer in fused_layers(model).values()} == {"default"}
 
 
-def test_verify(backend):
-    model = nn.ModuleDict(
-        {"a": FusedQLoRALinear(8, 8), "b": FusedQLoRALinear(8, 8, r=0), "c": nn.Linear(8, 8), "lm_head": nn.Linear(8, 8)}
-    )
-    report = lk.verify(model)
-    a, b, c, head = report.rows
-    assert [r.name for r in report.rows] == ["a", "b", "c", "lm_head"]
-    assert [r.backend for r in report.rows] == [backend, backend, None, None]
-    fused = backend != "reference"
-    assert [r.fused for r in report.rows] == [fused, fused, False, False]
-    assert (a.adapter, b.adapter) == ("default", None)
-    assert "apply_qlora quantizes it" in c.reason
-    assert "excluded" in head.reason
-    text = str(report)
-    assert all(word in text for word in ("layer", "backend", "FusedQLoRALinear", f"{2 * fused} of 4 linear layers fused"))
-    with pytest.raises(RuntimeError, match=r"c: a dense layer"):
-        lk.verify(model, strict=True)
-    if not fused:
-        assert "plain torch" in a.reason
-        with pytest.raises(RuntimeError, match="a: plain torch"):
-            lk.verify(model, strict=True, exclude_modules=("c", "lm_head"))
-        return
-    assert lk.verify(model, strict=True, exclude_modules=("c", "lm_head")).fused == (a, b)
-    model["a"].merge()
-    assert "merged" in lk.verify(model).rows[0].reason
-
-
-def test_verify_says_why_it_is_not_fused(monkeypatch):
-    """On a machine where nothing was compiled each layer says so, and what to do."""
-    monkeypatch.setattr(env, "backend", lambda: None)
-    for name in backends.order(CPU):
-        if name != "reference":
-            monkeypatch.setattr(backends.load(name), "unavailable", lambda device: "it is not built: do this")
-    model = nn.Sequential(FusedQLoRALinear(8, 8))
-    (row,) = lk.verify(model).rows
-    assert (row.fused, row.backend) == (False, "reference")
-    assert "native: it is not built: do this" in row.reason
-    with pytest.raises(RuntimeError, match="0: plain torch, because native: it is not built"):
-        lk.verify(model, strict=True)
-    with pytest.raises(RuntimeError, match="no fused layer"):
-        lk.verify(nn.Sequential(nn.ReLU()), strict=True)
-
-
 def test_model_copies(tmp_path):
     model = lk.apply_qlora(tiny_llama(), r=2)
     twin = copy.deepcopy(model)
@@ -315,10 +256,3 @@ def test_model_copies(tmp_path):
     fresh.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True), strict=True)
     ids = torch.randint(96, (1, 5))
     assert_same_bits(fresh(ids).logits.detach(), model(ids).logits.detach())
-
-
-def test_verify_knows_zero3():
-    model = lk.apply_qlora(nn.Sequential(nn.Linear(8, 4)), r=0)
-    model[0].weight.ds_id = 3
-    with pytest.raises(RuntimeError, match=r"1 linear layers are not fused: 0: DeepSpeed's ZeRO-3.*ZeRO-2 or FSDP2"):
-        lk.verify(model, strict=True)

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from test_model import LEAVES, bnb_llama
+from helpers import LEAVES, bnb_llama
 
 import lora_kernels as lk
 from lora_kernels.model import fused_layers

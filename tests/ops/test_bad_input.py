@@ -174,7 +174,7 @@ TABLE = [
     ("AdapterConfig: r True", lambda: AdapterConfig(True, 8), V, ["r must", "True"]),
     ("AdapterConfig: dropout text", lambda: AdapterConfig(2, 8, "0"), V, ["lora_dropout", "[0, 1)", "'0'"]),
     ("to_linear: integers", lambda: LAYER.to_linear(torch.int8), (T, V), ["dtype", "float32", "int8"]),
-    # models and files: see also test_model.py and test_adapter.py
+    # models and files: see also tests/layers/test_model.py and test_adapter_files.py
     ("apply_qlora: no module", lambda: lk.apply_qlora(3), T, ["model", "torch.nn.Module", "int"]),
     ("set_adapter of a model: unknown", lambda: lk.set_adapter(nn.Sequential(LAYER), "x"), V, ["'x'", "default"]),
     (

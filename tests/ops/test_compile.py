@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import as_bitsandbytes, tiny_llama
+from helpers import as_bitsandbytes, tiny_llama
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import assert_same_bits
+from helpers import assert_same_bits
 
 import lora_kernels as lk
 from lora_kernels.formats import DYNAMIC_MAP

@@ -4,8 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import COUNTS, assert_same_bits
-from test_quantize import FLOATS, STORAGE, random_weight
+from helpers import COUNTS, FLOATS, STORAGE, assert_same_bits, random_weight
 
 import lora_kernels as lk
 from lora_kernels.formats import BLOCKSIZES

@@ -7,8 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import COUNTS, assert_same_bits, same_weight
-from test_quantize import FLOATS, STORAGE, random_weight
+from helpers import COUNTS, FLOATS, STORAGE, assert_same_bits, bnb_linear, random_weight, same_weight
 from torch.utils import _pytree as pytree
 
 import lora_kernels as lk
@@ -16,15 +15,6 @@ from lora_kernels.formats import BLOCKSIZES, DYNAMIC_MAP, codebook
 
 bnb = pytest.importorskip("bitsandbytes")
 QuantState = bnb.functional.QuantState
-
-
-def bnb_linear(weight, blocksize=64, double_quant=True, quant_type="nf4", storage=torch.uint8, bias=False):
-    """A quantized Linear4bit; it stays in training mode, because in eval mode bitsandbytes repacks the weight on the CPU."""
-    N, K = weight.shape
-    linear = bnb.nn.Linear4bit(K, N, bias=bias)
-    options = {"blocksize": blocksize, "compress_statistics": double_quant, "quant_type": quant_type, "quant_storage": storage}
-    linear.weight = bnb.nn.Params4bit(weight.clone(), module=linear, **options)
-    return linear.to("cpu").train()
 
 
 def bnb_saved(linear):

@@ -5,7 +5,7 @@ from operator import itemgetter
 
 import pytest
 import torch
-from conftest import assert_same_bits, run_ops
+from helpers import assert_same_bits, run_ops
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora_kernels as lk

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import COUNTS, assert_same_bits, bits
+from helpers import COUNTS, FLOATS, STORAGE, assert_same_bits, bits, random_weight
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -12,42 +12,6 @@ from lora_kernels.formats import BLOCKSIZES, codebook
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 F = pytest.importorskip("bitsandbytes.functional")
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-STORAGE = (torch.uint8, torch.bfloat16, torch.float16, torch.float32)
-
-
-def random_weight(generator: torch.Generator, index: int) -> torch.Tensor:
-    """A weight of the kind `index`: random sizes, odd ones and short last blocks among them, nasty contents."""
-
-    def integer(low: int, high: int) -> int:
-        return int(torch.randint(low, high, (), generator=generator))
-
-    N, K = integer(1, 40), integer(1, 700) if index % 3 else 64 * integer(1, 9)
-    weight = torch.randn(N, K, generator=generator)
-    kind = ("normal", "tiny", "huge", "zero blocks", "outlier rows", "denormal", "constant", "few values")[index % 8]
-    if kind == "normal":
-        weight *= 0.02
-    elif kind == "tiny":
-        weight *= 1e-7
-    elif kind == "huge":
-        weight *= 3e4
-    elif kind == "zero blocks":
-        weight.view(-1)[: integer(0, weight.numel() + 1)] = 0
-        weight[integer(0, N) :] = -0.0
-    elif kind == "outlier rows":
-        weight[integer(0, N)] *= 1000
-    elif kind == "denormal":
-        weight *= 1e-40
-    elif kind == "constant":
-        weight[:] = weight[0, 0]
-    else:  # values on and beside the borders between codes
-        borders = (codebook("nf4")[1:] + codebook("nf4")[:-1]) / 2
-        weight = torch.cat([borders, borders.nextafter(torch.ones(())), codebook("nf4")])[
-            torch.randint(46, (N, K), generator=generator)
-        ]
-    dtype = FLOATS[integer(0, 3)]
-    limit = torch.finfo(dtype).max
-    return weight.clamp(-limit, limit).to(dtype)
 
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .suite import GRAPH
+from ..suite import GRAPH
 
 SUITES = {
     "train_step": "A training step of a whole model (forward, backward, AdamW)",
