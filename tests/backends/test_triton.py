@@ -299,6 +299,33 @@ def test_without_gluon(monkeypatch):
 
 
 @needs_triton
+def test_amd_compiles_without_spills(monkeypatch):
+    """The settings of a vendor whose GPUs nobody has tried: registers and shared memory of gfx942."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from bench.tools import triton_builds
+    from lora_kernels.backends.triton.launch import recording
+    from lora_kernels.backends.triton.settings import Gpu
+
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    with recording(Gpu("amd", 0)) as launches:
+        for M in (16, 300):
+            x, dy, layer = triton_builds.inputs(Case(M, 4096, 4096, r=16))
+            _, hs = backend.qlora_linear(x, [layer])
+            backend.qlora_linear_backward([dy], x, hs, [layer], True, [(True, True, False)])
+    builds = {build.name: build for build in map(triton_builds.build_of, launches)}
+    assert {"linear_small", "dx_fused", "read_once", "project_rows", "expand_rows", "dequantize_groups"} <= set(builds)
+    for build in builds.values():
+        attributes = {(i,): [["tt.divisibility", 16]] for i in build.aligned}
+        source = ASTSource(build.kernel, dict(build.signature), dict(build.constants), attributes)
+        compiled = triton.compile(source, target=GPUTarget("hip", "gfx942", 64), options=dict(build.options))
+        assert compiled.metadata.shared <= 64 << 10, build.setting
+        assert ".vgpr_spill_count: 0" in compiled.asm["amdgcn"], build.setting
+
+
+@needs_triton
 @pytest.mark.parametrize(("M", "N", "K", "r"), [(1, 1, 1, 1), (1, 64, 64, 1), (5, 7, 65, 3), (70, 70001, 70001, 1)])
 def test_odd_shapes_compile(M, N, K, r):
     """What the JIT turns into constants (sizes of 1) or 64-bit integers compiles; the interpreter can't show that."""

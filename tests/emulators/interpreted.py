@@ -18,9 +18,8 @@ from collections import defaultdict
 from typing import IO
 
 import pytest
+from helpers import HANG
 
-HANG = 1800
-"""Seconds after which the process is killed: see `helpers.HANG`."""
 PIPE = "LORA_KERNELS_TEST_PIPE"
 """The file descriptor to which the process writes its reports."""
 

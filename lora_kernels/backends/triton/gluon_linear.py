@@ -4,7 +4,7 @@ Triton waits for a matrix instruction at once when an operand was written to sha
 decodes and multiplies in turns, and only a second program on the SM fills the gaps.  Gluon leaves the wait to the kernel.
 It compiles ahead of time and has not run on a GPU yet: Gluon has no interpreter, and no setting takes this path by default.
 
-x and y have 16 bits, K is a multiple of 64, and so is a block; `usable` sends the rest to the panel path.  Gluon changes from
+x and y have 16 bits, K is a multiple of 64, and so is a block; `settings` sends the rest to the panel path.  Gluon changes from
 one Triton to the next, so nothing imports this file before the path is asked for.
 """
 

@@ -1,7 +1,8 @@
 """Floors for AMD GPUs: **none was ever measured, and no kernel has run on one yet**.
 
-They keep to what every such GPU has: 64 KiB of shared memory, so two tiles in flight and none larger than 64 x 128, and weights
-that are decoded by a gather from memory, so that from few rows on decoding once to memory and then a GEMM pays.
+They keep to what every such GPU has: 64 KiB of shared memory, so two tiles in flight and none larger than 64 x 128; and weights
+are decoded by a gather from memory, so from few rows on it pays to decode to memory, once, and then call the library's GEMM.
+Triton 3.7 compiles them for gfx942 without a spill; for gfx1100 the kernels that decode in the main loop spill.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from dataclasses import replace
 from .config import Config, Gpu, Problem, cdiv
 
 COMPUTE_UNITS = 96
-"""To be kept busy: fewer than the large GPUs have, as many as the largest of the small."""
+"""How many are kept busy: as many as the largest RX 7900 has, fewer than an MI250 or MI300."""
 SMALL, FUSED_DX = 64, 64
 """M up to which W is decoded in the main loop."""
 
