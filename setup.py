@@ -36,10 +36,11 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.absolute()
+CSRC = ROOT / "csrc"
 FLAGS = ["-O3", "-g0", "-DNDEBUG", "-fPIC", "-ffp-contract=off", "-fvisibility=hidden"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"]
 # One object a level, each with its own flags; no other file may see them (csrc/cpu/kernels.h says why).
-ISA_FLAGS = {
+LEVEL_FLAGS = {
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": AVX512,
     "avx512bf16": [*AVX512, "-mavx512vbmi", "-mavx512bf16"],
@@ -200,10 +201,10 @@ class Objects:
         ]
 
     def add(self, sources: "list[Path]", compiler: "list[str]", folder: str) -> "list[str]":
-        """The objects of `sources`, which will be in a subfolder."""
+        """The objects of `sources`, files of csrc/, which will lie in a subfolder as those lie in csrc/."""
         objects = []
         for source in sources:
-            target = self.folder / folder / f"{source.stem}.o"
+            target = self.folder / folder / source.relative_to(CSRC).with_suffix(".o")
             self.rules.append(f"build {self.path(target)}: compile {self.path(source)}\n  compiler = {self.shell(compiler)}\n")
             objects.append(str(target))
         return objects
@@ -254,14 +255,15 @@ class Build(build_ext):
         extra, ldflags = os.environ.get("CXXFLAGS", "").split(), os.environ.get("LDFLAGS", "").split()
         shared_library = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
         objects = Objects(ROOT / "build" / f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}")
-        levels = {level: ROOT / "csrc" / "cpu" / f"isa_{level}.cpp" for level in ISA_FLAGS}
-        others = [p for p in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")) if p not in levels.values()]
-        shared = objects.add(others, [*plain, *openmp, *extra], "cpu")
-        for level, source in levels.items() if ON_X86 else ():
-            shared += objects.add([source], [*plain, *ISA_FLAGS[level], *extra], "cpu")
+        levels = {CSRC / "cpu" / "levels" / f"{level}.cpp": flags for level, flags in LEVEL_FLAGS.items()}
+        shared = objects.add(
+            [p for p in sorted((CSRC / "cpu").rglob("*.cpp")) if p not in levels], [*plain, *openmp, *extra], "."
+        )
+        for source, flags in levels.items() if ON_X86 else ():
+            shared += objects.add([source], [*plain, *flags, *extra], ".")
         libraries, library_dirs, macros = ["c10", "torch", "torch_cpu", "torch_python"], [], []
         if nvcc := self.nvcc():
-            shared += objects.add(sorted((ROOT / "csrc" / "cuda").glob("*.cu")), [nvcc.path, *nvcc.flags()], "cuda")
+            shared += objects.add(sorted((CSRC / "cuda").glob("*.cu")), [nvcc.path, *nvcc.flags()], ".")
             libraries += ["cudart_static", "dl", "rt", "pthread"]
             library_dirs += nvcc.library_folders()
             macros += [f'-DLORA_KERNELS_CUDA="{" ".join(map(str, nvcc.archs))}+ptx"', f'-DLORA_KERNELS_NVCC="{nvcc.version}"']
@@ -271,7 +273,7 @@ class Build(build_ext):
             folders = [f"-isystem{include}", f"-isystem{include}/torch/csrc/api/include", f"-I{sysconfig.get_path('include')}"]
             names = [f"-DTORCH_EXTENSION_NAME={torch.name}", f'-DLORA_KERNELS_TORCH="{torch.version}"']
             flags = [*plain, "-std=c++20", *openmp, *macros, *names, *folders, *extra]
-            own[extension.name] = objects.add(sorted((ROOT / "csrc").glob("*.cpp")), flags, torch.name)
+            own[extension.name] = objects.add(sorted(CSRC.glob("*.cpp")), flags, torch.name)
         objects.compile()
         for extension, torch in zip(self.extensions, TORCHES, strict=True):
             target = Path(self.get_ext_fullpath(extension.name))

@@ -2,76 +2,21 @@
 // saved for it, is what lora_kernels/autograd.py says.
 #include <ATen/autocast_mode.h>
 #include <ATen/record_function.h>
-#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/functions/basic_ops.h>
 
 #include <algorithm>
-#include <cmath>
 #include <limits>
 #include <utility>
 
-#include "bindings.h"
+#include "contract.h"
+#include "host.h"
 
 namespace lora_kernels {
 namespace {
 
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
-
-// ---- which calls are taken
-
-// A plain CPU tensor with memory of its own: no subclass, no wrapper of torch.func, no fake or lazily negated one.
-bool plain(const Tensor& t) {
-  constexpr auto usual = c10::DispatchKeySet(
-      {c10::DispatchKey::CPU, c10::DispatchKey::AutogradCPU, c10::DispatchKey::AutocastCPU, c10::DispatchKey::ADInplaceOrView});
-  return (t.key_set().raw_repr() & ~usual.raw_repr()) == 0;
-}
-
-// Whether forward-mode gradients go along with it.
-bool dual(const Tensor& t) { return t._fw_grad(0).defined(); }
-
-bool floating(const Tensor& t) {
-  return plain(t) && !dual(t) &&
-         (t.scalar_type() == at::kFloat || t.scalar_type() == at::kHalf || t.scalar_type() == at::kBFloat16);
-}
-
-bool has(const OptionalTensor& t, at::ScalarType dtype, int64_t numel) {
-  return t && plain(*t) && t->scalar_type() == dtype && t->numel() == numel;
-}
-
-bool matrix(const OptionalTensor& t, int64_t rows, int64_t columns) {
-  return t && floating(*t) && t->dim() == 2 && t->size(0) == rows && t->size(1) == columns;
-}
-
-bool watched() {
-  return c10::impl::TorchDispatchModeTLS::any_modes_set() ||
-         c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
-}
-
-bool sound(const Layer& l) {
-  const auto [N, K] = l.shape;
-  if (N < 1 || K < 1 || (l.quant_type != "nf4" && l.quant_type != "fp4")) return false;
-  if (l.blocksize < 32 || l.blocksize > 4096 || (l.blocksize & (l.blocksize - 1))) return false;
-  const int64_t numel = N * K, n_blocks = (numel + l.blocksize - 1) / l.blocksize;
-  if (!plain(l.packed) || static_cast<int64_t>(l.packed.nbytes()) != (numel + 1) / 2) return false;
-  if (!l.absmax2) return has(l.absmax, at::kFloat, n_blocks);
-  return has(l.absmax, at::kByte, n_blocks) && has(l.absmax2, at::kFloat, (n_blocks + 255) / 256) &&
-         has(l.code2, at::kFloat, 256) && has(l.offset, at::kFloat, 1);
-}
-
-bool takes(const Tensor& x, const Layer& l) {
-  const auto [N, K] = l.shape;
-  if (!sound(l) || x.size(-1) != K || !std::isfinite(l.scaling)) return false;
-  if (l.bias && !(floating(*l.bias) && l.bias->dim() == 1 && l.bias->size(0) == N)) return false;
-  const OptionalTensor &A = l.lora_A, &B = l.lora_B;
-  if (!A || !B) return !A && !B && l.dropout_p == 0;
-  const int64_t r = A->dim() == 2 ? A->size(0) : 0;
-  if (r == 0 || !matrix(A, r, K) || !matrix(B, N, r)) return false;
-  return l.dropout_p == 0 || (l.dropout_p > 0 && l.dropout_p < 1 && (!l.seed || has(l.seed, at::kLong, 1)));
-}
-
-// ---- forward and backward
 
 Tensor tensor(const OptionalTensor& t) { return t ? *t : Tensor(); }
 OptionalTensor optional(const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
@@ -87,61 +32,94 @@ variable_list differentiable(const Tensor& x, const std::vector<Layer>& layers) 
   return list;
 }
 
-// A layer between forward and backward: tensors, integers and numbers in lists of all layers.
-constexpr size_t TENSORS = 9, INTEGERS = 5, NUMBERS = 2;
+// Values of each kind that autograd keeps between forward and backward, written and read in one order.
+struct Saved {
+  variable_list tensors;
+  std::vector<int64_t> integers;
+  std::vector<double> numbers;
+};
+
+class Writer {
+ public:
+  explicit Writer(Saved& saved) : saved_(saved) {}
+  void operator()(const Tensor& t) { saved_.tensors.push_back(t); }
+  void operator()(const OptionalTensor& t) { saved_.tensors.push_back(tensor(t)); }
+  void operator()(int64_t n) { saved_.integers.push_back(n); }
+  void operator()(double v) { saved_.numbers.push_back(v); }
+  void operator()(const std::array<int64_t, 2>& shape) {
+    saved_.integers.insert(saved_.integers.end(), shape.begin(), shape.end());
+  }
+  void operator()(const Format* format) { saved_.integers.push_back(reinterpret_cast<int64_t>(format)); }
+
+ private:
+  Saved& saved_;
+};
+
+class Reader {
+ public:
+  explicit Reader(const Saved& saved)
+      : tensor_(saved.tensors.data()), integer_(saved.integers.data()), number_(saved.numbers.data()) {}
+  void operator()(Tensor& t) { t = *tensor_++; }
+  void operator()(OptionalTensor& t) { t = optional(*tensor_++); }
+  void operator()(int64_t& n) { n = *integer_++; }
+  void operator()(double& v) { v = *number_++; }
+  void operator()(std::array<int64_t, 2>& shape) {
+    for (int64_t& n : shape) n = *integer_++;
+  }
+  void operator()(const Format*& format) { format = reinterpret_cast<const Format*>(*integer_++); }
+
+ private:
+  const Tensor* tensor_;
+  const int64_t* integer_;
+  const double* number_;
+};
+
+constexpr int64_t NO_BIAS = -1;
 
 class QLoRALinear : public torch::autograd::Function<QLoRALinear> {
  public:
-  static variable_list forward(AutogradContext* ctx, at::TensorList differentiable, const std::vector<Layer>& layers) {
+  static variable_list forward(AutogradContext* ctx, at::TensorList differentiable, std::vector<Layer>& layers) {
     const Tensor& x = differentiable[0];
     auto [ys, hs] = qlora_linear(x, layers);
     const bool need_x = std::any_of(layers.begin(), layers.end(), [](const Layer& l) { return trained(l.lora_A); });
-    variable_list tensors{need_x ? x : Tensor()};
-    std::vector<int64_t> integers;
-    std::vector<double> numbers;
+    Saved saved;
+    const size_t most = 1 + (N_FIELDS + 1) * layers.size();
+    saved.tensors.reserve(most);
+    saved.integers.reserve(most);
+    saved.numbers.reserve(most);
+    Writer write(saved);
+    write(need_x ? x : Tensor());
     for (size_t i = 0; i < layers.size(); i++) {
-      const Layer& l = layers[i];
-      tensors.insert(tensors.end(), {trained(l.lora_B) ? hs[i] : Tensor(), l.packed, l.absmax, tensor(l.absmax2),
-                                     tensor(l.code2), tensor(l.offset), tensor(l.lora_A), tensor(l.lora_B), tensor(l.seed)});
-      const int64_t bias = l.bias ? static_cast<int64_t>(l.bias->scalar_type()) : -1;
-      integers.insert(integers.end(), {l.shape[0], l.shape[1], l.quant_type == "nf4", l.blocksize, bias});
-      numbers.insert(numbers.end(), {l.scaling, l.dropout_p});
+      Layer& l = layers[i];
+      write(trained(l.lora_B) ? hs[i] : Tensor());
+      write(l.bias ? static_cast<int64_t>(l.bias->scalar_type()) : NO_BIAS);
+      l.bias.reset();  // backward asks for its dtype alone
+      each_field(l, [&](const char*, const auto& field) { write(field); });
     }
-    ctx->save_for_backward(std::move(tensors));
-    ctx->saved_data["integers"] = std::move(integers);
-    ctx->saved_data["numbers"] = std::move(numbers);
+    ctx->save_for_backward(std::move(saved.tensors));
+    ctx->saved_data["integers"] = std::move(saved.integers);
+    ctx->saved_data["numbers"] = std::move(saved.numbers);
     return std::move(ys);
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& dys) {
-    const auto tensors = ctx->get_saved_variables();
-    const auto integers = ctx->saved_data["integers"].toIntVector();
-    const auto numbers = ctx->saved_data["numbers"].toDoubleVector();
-    std::vector<Layer> layers;
-    std::vector<OptionalTensor> hs;
+    const Saved saved{ctx->get_saved_variables(), ctx->saved_data["integers"].toIntVector(),
+                      ctx->saved_data["numbers"].toDoubleVector()};
+    Reader read(saved);
+    OptionalTensor x;
+    read(x);
+    std::vector<Layer> layers(dys.size());
+    std::vector<OptionalTensor> hs(dys.size());
+    std::vector<int64_t> bias_dtypes(dys.size());
     std::vector<std::array<bool, 3>> needs;
     size_t edge = 1;
     for (size_t i = 0; i < dys.size(); i++) {
-      TORCH_CHECK(plain(dys[i]), "qlora_linear: the gradient of the output must be a plain CPU tensor, got ",
+      TORCH_CHECK(contract::is_plain(dys[i]), "qlora_linear: the gradient of the output must be a plain CPU tensor, got ",
                   dys[i].toString());
-      const Tensor* t = &tensors[1 + TENSORS * i];
-      const int64_t* n = &integers[INTEGERS * i];
-      hs.push_back(optional(t[0]));
-      layers.push_back({t[1],
-                        t[2],
-                        optional(t[3]),
-                        optional(t[4]),
-                        optional(t[5]),
-                        {n[0], n[1]},
-                        n[2] ? "nf4" : "fp4",
-                        n[3],
-                        optional(t[6]),
-                        optional(t[7]),
-                        numbers[NUMBERS * i],
-                        std::nullopt,
-                        numbers[NUMBERS * i + 1],
-                        optional(t[8])});
-      const bool adapter = t[6].defined(), bias = n[4] >= 0;
+      read(hs[i]);
+      read(bias_dtypes[i]);
+      each_field(layers[i], [&](const char*, auto& field) { read(field); });
+      const bool adapter = layers[i].lora_A.has_value(), bias = bias_dtypes[i] != NO_BIAS;
       std::array<bool, 3>& need = needs.emplace_back();
       for (const size_t j : {0, 1}) need[j] = adapter && ctx->needs_input_grad(edge + j);
       edge += adapter ? 2 : 0;
@@ -151,13 +129,12 @@ class QLoRALinear : public torch::autograd::Function<QLoRALinear> {
     variable_list grads;
     {
       at::NoGradGuard no_grad;
-      auto [dx, dAs, dBs, dbiases] =
-          qlora_linear_backward(dys, optional(tensors[0]), hs, layers, ctx->needs_input_grad(0), needs);
+      auto [dx, dAs, dBs, dbiases] = qlora_linear_backward(dys, x, hs, layers, ctx->needs_input_grad(0), needs);
       grads.push_back(tensor(dx));
       for (size_t i = 0; i < dys.size(); i++) {
         if (layers[i].lora_A) grads.insert(grads.end(), {tensor(dAs[i]), tensor(dBs[i])});
-        const int64_t bias = integers[INTEGERS * i + 4];
-        if (bias >= 0) grads.push_back(dbiases[i] ? dbiases[i]->to(static_cast<at::ScalarType>(bias)) : Tensor());
+        if (const int64_t dtype = bias_dtypes[i]; dtype != NO_BIAS)
+          grads.push_back(dbiases[i] ? dbiases[i]->to(static_cast<at::ScalarType>(dtype)) : Tensor());
       }
     }
     return once(std::move(grads), dys);
@@ -181,8 +158,7 @@ class QLoRALinear : public torch::autograd::Function<QLoRALinear> {
 }  // namespace
 
 std::optional<std::vector<Tensor>> qlora_linear_autograd(Tensor x, std::vector<Layer> layers) {
-  if (watched() || !floating(x) || x.dim() == 0) return std::nullopt;
-  if (!std::all_of(layers.begin(), layers.end(), [&](const Layer& l) { return takes(x, l); })) return std::nullopt;
+  if (contract::is_watched() || !contract::check_qlora_linear(x, layers)) return std::nullopt;
   RECORD_FUNCTION("lora_kernels::qlora_linear", std::vector<c10::IValue>());
   if (at::autocast::is_autocast_enabled(at::kCPU)) x = x.to(at::autocast::get_autocast_dtype(at::kCPU));
   for (Layer& l : layers)

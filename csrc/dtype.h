@@ -1,4 +1,5 @@
-// The dtypes of dense tensors; alone in a file because the ISA files may include nothing that has inline functions.
+// The dtypes of dense tensors; alone in a file because files that are compiled with AVX flags may
+// include nothing that has inline functions (csrc/cpu/kernels.h says why).
 #pragma once
 
 namespace lora_kernels {

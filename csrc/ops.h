@@ -6,10 +6,9 @@
 #include <vector>
 
 #include "dtype.h"
+#include "formats.h"
 
 namespace lora_kernels {
-
-enum class QuantType { nf4, fp4 };
 
 inline int64_t itemsize(DType t) { return t == DType::f32 ? 4 : 2; }
 
@@ -29,7 +28,7 @@ struct Weight {
   const float* offset;       // [1]
   int64_t N, K;              // for the linear ops; elsewhere N = 1 and K = numel
   int64_t blocksize;         // a power of two, 32 to 4096
-  QuantType quant_type;
+  const Format* format;      // null where no codes are read
 
   int64_t numel() const { return N * K; }
   int shift() const {  // a block is 1 << shift elements
@@ -53,7 +52,7 @@ namespace cpu {
 
 // weight [numel] -> packed [ceil(numel / 2)], absmax [n_blocks].  Returns false, with the outputs unspecified, if the weight
 // holds NaN or infinity.
-bool quantize(Dense weight, int64_t numel, QuantType quant_type, int64_t blocksize, uint8_t* packed, float* absmax);
+bool quantize(Dense weight, int64_t numel, const Format& format, int64_t blocksize, uint8_t* packed, float* absmax);
 
 // absmax [n_blocks] - offset -> absmax_u8 [n_blocks] indices into code2 [256], absmax2 [ceil(n_blocks / 256)].
 void quantize_absmax(const float* absmax, int64_t n_blocks, float offset, const float* code2, uint8_t* absmax_u8,
@@ -112,7 +111,7 @@ std::string problem();
 void set_device(int device);
 
 // As in `cpu`; `bad` [1], zero on entry, becomes nonzero where cpu::quantize returns false.
-void quantize(const Context& context, Dense weight, int64_t numel, QuantType quant_type, int64_t blocksize, uint8_t* packed,
+void quantize(const Context& context, Dense weight, int64_t numel, const Format& format, int64_t blocksize, uint8_t* packed,
               float* absmax, int32_t* bad);
 
 void quantize_absmax(const Context& context, const float* absmax, int64_t n_blocks, const float* offset, const float* code2,

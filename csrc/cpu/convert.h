@@ -1,4 +1,5 @@
-// Scalar conversions between float32 and the 16-bit formats, round to nearest even.  Internal linkage: ISA files include this.
+// Scalar conversions between float32 and the 16-bit formats, round to nearest even.  Internal linkage: files
+// that are compiled with AVX flags include this (kernels.h says why).
 #pragma once
 #include <cstdint>
 

@@ -1,6 +1,5 @@
 // 4-bit weight -> dense: code * absmax in float32, rounded once.  Stores that bypass the caches gain nothing: a large output is
 // fresh memory, and the first touch of its pages takes most of the time.
-#include "../codebooks.h"
 #include "../ops.h"
 #include "kernels.h"
 #include "parallel.h"
@@ -12,7 +11,6 @@ static constexpr int64_t UNIT = 1 << 16;  // elements a thread takes at a time, 
 void dequantize(const Weight& w, DType dtype, void* out) {
   const Kernels& k = kernels();
   const auto decode = dtype == DType::f32 ? k.decode_f32 : dtype == DType::f16 ? k.decode_f16 : k.decode_bf16;
-  const float* codebook = w.quant_type == QuantType::nf4 ? NF4 : FP4;
   const int64_t numel = w.numel(), size = itemsize(dtype);
   const int shift = w.shift();
 
@@ -27,7 +25,7 @@ void dequantize(const Weight& w, DType dtype, void* out) {
         k.decode_absmax(w.absmax_u8, w.absmax2, w.code2, *w.offset, b0, b1, decoded);
         absmax = decoded;
       }
-      decode(w.packed + begin / 2, codebook, absmax, shift, 0, end - begin, static_cast<char*>(out) + begin * size);
+      decode(w.packed + begin / 2, w.format->code, absmax, shift, 0, end - begin, static_cast<char*>(out) + begin * size);
     });
   });
 }

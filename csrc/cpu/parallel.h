@@ -8,15 +8,11 @@
 #include <atomic>
 #include <cstdint>
 #include <cstdlib>
-#include <functional>
 #include <new>
 
-namespace lora_kernels::cpu {
+#include "from_torch.h"
 
-// torch's (csrc/threads.cpp)
-int64_t num_threads();
-bool in_parallel_region();
-void parallel_for(int64_t n, int64_t grain, const std::function<void(int64_t begin, int64_t end)>& f);
+namespace lora_kernels::cpu {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -24,7 +20,7 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 template <class F>
 void parallel(int64_t n, int64_t grain, const F& f) {
   if (n <= 0) return;
-  const int64_t threads = std::min<int64_t>(num_threads(), ceil_div(n, std::max<int64_t>(grain, 1)));
+  const int64_t threads = std::min<int64_t>(torch::num_threads(), ceil_div(n, std::max<int64_t>(grain, 1)));
   if (threads <= 1) return f(int64_t{0}, n);
 #ifdef _OPENMP
 #pragma omp parallel num_threads(static_cast<int>(threads))
@@ -34,7 +30,7 @@ void parallel(int64_t n, int64_t grain, const F& f) {
     if (begin < end) f(begin, end);
   }
 #else
-  parallel_for(n, std::max<int64_t>(grain, 1), f);
+  torch::parallel_for(n, std::max<int64_t>(grain, 1), f);
 #endif
 }
 
@@ -81,7 +77,7 @@ template <class F>
 void with_team(int64_t threads, const F& f) {
   Team::Shared shared;
 #ifdef _OPENMP
-  threads = std::min<int64_t>(threads, in_parallel_region() ? 1 : num_threads());
+  threads = std::min<int64_t>(threads, torch::in_parallel_region() ? 1 : torch::num_threads());
   if (threads > 1) {
 #pragma omp parallel num_threads(static_cast<int>(threads))
     {

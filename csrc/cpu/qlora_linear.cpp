@@ -1,8 +1,8 @@
 // y = x W^T + s h B^T + bias with h = dropout(x) A^T, and its gradients, without ever holding more of W than a panel.
 #include <deque>
 
-#include "dots.h"
-#include "packed_product.h"
+#include "few_rows.h"
+#include "packed.h"
 
 namespace lora_kernels::cpu {
 
@@ -287,8 +287,8 @@ void packed_linear(DType dtype, int64_t M, const void* x, const std::vector<Laye
 
 void qlora_linear(DType dtype, int64_t M, const void* x, const std::vector<Layer>& layers) {
   if (M == 0) return;
-  if (std::all_of(layers.begin(), layers.end(), [&](const Layer& layer) { return takes_dots(dtype, M, layer.weight); }))
-    qlora_linear_dots(dtype, M, x, layers);
+  if (std::all_of(layers.begin(), layers.end(), [&](const Layer& layer) { return takes_few_rows(dtype, M, layer.weight); }))
+    qlora_linear_few_rows(dtype, M, x, layers);
   else
     packed_linear(dtype, M, x, layers);
 }

@@ -1,12 +1,11 @@
 // weight -> 4-bit codes and scales, bit for bit what bitsandbytes computes on the CPU.
 //
-// A full block is multiplied by the reciprocal of its largest magnitude, a short last block is divided by it; the code is the
-// number of midpoints between neighbouring code values that lie below.  1e-38 stands in for smaller scales.
+// A full block is multiplied by the reciprocal of its largest magnitude, a short last block is divided by it; how many
+// midpoints between neighbouring values of the format lie below says its code.  1e-38 stands in for smaller scales.
 #include <atomic>
 #include <cmath>
 #include <cstring>
 
-#include "../codebooks.h"
 #include "../ops.h"
 #include "convert.h"
 #include "kernels.h"
@@ -16,55 +15,41 @@ namespace lora_kernels::cpu {
 
 namespace {
 
-struct Midpoints {
-  float value[15];
-  uint8_t order[16];  // sorted position -> 4-bit index
-
-  explicit Midpoints(QuantType quant_type) {
-    // FP4 has two zeros: bitsandbytes gives (-min/2, 0] to index 0 and (0, min/2] to index 8.
-    static constexpr uint8_t FP4_ORDER[16] = {11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3};
-    const float* code = quant_type == QuantType::nf4 ? NF4 : FP4;
-    for (int i = 0; i < 16; i++) order[i] = quant_type == QuantType::nf4 ? static_cast<uint8_t>(i) : FP4_ORDER[i];
-    for (int i = 0; i < 15; i++) value[i] = (code[order[i]] + code[order[i + 1]]) / 2;
-  }
-
-  uint8_t find(float v) const {
-    int i = 0;
-    for (float m : value) i += m < v;
-    return order[i];
-  }
-};
+int nearest(const Format& format, float v) {
+  int i = 0;
+  for (float m : format.midpoints) i += m < v;
+  return format.order[i];
+}
 
 template <class D>
-bool quantize_short_block(const void* x_, int64_t n, const Midpoints& midpoints, uint8_t* packed, float* absmax) {
+bool quantize_short_block(const void* x_, int64_t n, const Format& format, uint8_t* packed, float* absmax) {
   const typename D::T* x = static_cast<const typename D::T*>(x_);
   uint32_t largest = bits(1e-38f);
   for (int64_t i = 0; i < n; i++) largest = std::max(largest, bits(D::load(x[i])) & 0x7fffffff);
   *absmax = from_bits(largest);
-  auto code = [&](int64_t i) { return midpoints.find(i < n ? D::load(x[i]) / *absmax : 0.0f); };
+  auto code = [&](int64_t i) { return nearest(format, i < n ? D::load(x[i]) / *absmax : 0.0f); };
   for (int64_t i = 0; i < n; i += 2) packed[i / 2] = pack_codes(code(i), code(i + 1));
   return largest < 0x7f800000;
 }
 
 }  // namespace
 
-bool quantize(Dense weight, int64_t numel, QuantType quant_type, int64_t blocksize, uint8_t* packed, float* absmax) {
+bool quantize(Dense weight, int64_t numel, const Format& format, int64_t blocksize, uint8_t* packed, float* absmax) {
   const Kernels& k = kernels();
   const auto blocks = weight.dtype == DType::f32   ? k.quantize_f32
                       : weight.dtype == DType::f16 ? k.quantize_f16
                                                    : k.quantize_bf16;
-  const Midpoints midpoints(quant_type);
   const int64_t full = numel / blocksize, rest = numel % blocksize;
   std::atomic<bool> finite{true};
   parallel(full, ceil_div(16384, blocksize), [&](int64_t b0, int64_t b1) {
-    if (!blocks(weight.data, b0, b1, blocksize, midpoints.value, midpoints.order, packed, absmax)) finite = false;
+    if (!blocks(weight.data, b0, b1, blocksize, format.midpoints, format.order, packed, absmax)) finite = false;
   });
   if (rest == 0) return finite;
   const auto short_block = weight.dtype == DType::f32   ? quantize_short_block<F32>
                            : weight.dtype == DType::f16 ? quantize_short_block<F16>
                                                         : quantize_short_block<BF16>;
   const char* tail = static_cast<const char*>(weight.data) + full * blocksize * itemsize(weight.dtype);
-  return short_block(tail, rest, midpoints, packed + full * blocksize / 2, absmax + full) && finite;
+  return short_block(tail, rest, format, packed + full * blocksize / 2, absmax + full) && finite;
 }
 
 // bitsandbytes does not search for the nearest entry of code2 but looks it up through 65536 equal steps of [-1, 1].

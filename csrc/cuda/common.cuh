@@ -1,5 +1,6 @@
 // What every CUDA source uses: element types, conversions, accesses of 16 bytes, launches that check their errors.
-// No torch header here or in any file of this folder, and no <<<>>>: tests/emulators/cuda_emulator compiles the same files for the CPU.
+// No torch header here or in any file of this folder, and no <<<>>>: tests/emulators/cuda_emulator compiles the same files for
+// the CPU.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>

@@ -1,6 +1,5 @@
 // 4-bit codes and scales -> values.  Shared by every kernel that reads a quantized weight.
 #pragma once
-#include "../codebooks.h"
 #include "common.cuh"
 
 namespace lora_kernels::cuda {
@@ -9,9 +8,8 @@ namespace lora_kernels::cuda {
 struct Codebook {
   float value[16];
 
-  explicit Codebook(QuantType quant_type) {
-    const float* code = quant_type == QuantType::nf4 ? NF4 : FP4;
-    for (int i = 0; i < 16; i++) value[i] = code[i];
+  explicit Codebook(const Format& format) {
+    for (int i = 0; i < 16; i++) value[i] = format.code[i];
   }
 };
 

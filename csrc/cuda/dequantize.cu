@@ -53,7 +53,7 @@ void dequantize(const Context& context, const Weight& weight, int64_t begin, int
   dispatch(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     launch(context, "dequantize", dequantize_kernel<T>, static_cast<unsigned>(ceil_div(end - begin, int64_t{UNIT})), THREADS, 0,
-           weight.packed, Scales(weight), Codebook(weight.quant_type), weight.shift(), begin, end, static_cast<T*>(out));
+           weight.packed, Scales(weight), Codebook(*weight.format), weight.shift(), begin, end, static_cast<T*>(out));
   });
 }
 

@@ -7,16 +7,14 @@ namespace {
 
 constexpr int THREADS = 256;
 
-// A code is the number of midpoints between neighbouring code values that lie below the scaled weight.
+// What of a format it takes to write a code, as a kernel argument.
 struct Midpoints {
   float value[15];
-  uint64_t order;  // sorted position -> 4-bit index, a nibble each
+  uint64_t order = 0;  // sorted position -> 4-bit index, a nibble each
 
-  explicit Midpoints(QuantType quant_type) {
-    // FP4 has two zeros: (-min/2, 0] goes to index 0 and (0, min/2] to index 8.
-    order = quant_type == QuantType::nf4 ? 0xfedcba9876543210 : 0x32547618'09efcdab;
-    const float* code = quant_type == QuantType::nf4 ? NF4 : FP4;
-    for (int i = 0; i < 15; i++) value[i] = (code[order >> 4 * i & 15] + code[order >> (4 * i + 4) & 15]) / 2;
+  explicit Midpoints(const Format& format) {
+    for (int i = 0; i < 15; i++) value[i] = format.midpoints[i];
+    for (int i = 0; i < 16; i++) order |= uint64_t{format.order[i]} << 4 * i;
   }
 };
 
@@ -116,15 +114,15 @@ __global__ void __launch_bounds__(256) quantize_absmax_kernel(const float* absma
 
 }  // namespace
 
-void quantize(const Context& context, Dense weight, int64_t numel, QuantType quant_type, int64_t blocksize, uint8_t* packed,
+void quantize(const Context& context, Dense weight, int64_t numel, const Format& format, int64_t blocksize, uint8_t* packed,
               float* absmax, int32_t* bad) {
   const int lanes = static_cast<int>(std::min(int64_t{WARP}, blocksize / 8));
   const int64_t n_blocks = ceil_div(numel, blocksize);
   dispatch(weight.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     launch(context, "quantize", quantize_kernel<T>, static_cast<unsigned>(ceil_div(n_blocks * lanes, int64_t{THREADS})),
-           THREADS, 0, static_cast<const T*>(weight.data), numel, Midpoints(quant_type), static_cast<int>(blocksize), lanes,
-           packed, absmax, bad);
+           THREADS, 0, static_cast<const T*>(weight.data), numel, Midpoints(format), static_cast<int>(blocksize), lanes, packed,
+           absmax, bad);
   });
 }
 

@@ -184,7 +184,7 @@ struct PackedMatrix {
   explicit PackedMatrix(const Weight& w)
       : packed(w.packed),
         scales(w),
-        codebook(w.quant_type),
+        codebook(*w.format),
         rows(w.N),
         columns(w.K),
         shift(w.shift()),

@@ -21,8 +21,8 @@ from urllib.request import url2pathname
 import torch
 from torch import Tensor
 
-from ..formats import DYNAMIC_MAP, QuantizedWeight
-from ..layer import Layer
+from ..formats import DYNAMIC_MAP, FORMATS, QuantizedWeight, format_of
+from ..layer import FIELDS, Layer
 from ..requirements import PIP, numbers
 from ..version import __version__
 
@@ -96,7 +96,12 @@ def _load() -> tuple[Any, str | None]:
         module = importlib.import_module(MODULE)
         if Path(module.__file__ or "").parent != _PACKAGE:  # of another clone that is installed too
             raise ModuleNotFoundError(MODULE)
+        fields: tuple[str, ...] = getattr(module, "layer_fields", tuple)()
+        if fields != FIELDS:
+            raise ImportError(f"it was built for other fields of a layer, {', '.join(fields)} in place of {', '.join(FIELDS)}")
         module.cpu_level()
+        for name in FORMATS:
+            _define(module, name)
     except ModuleNotFoundError:
         reason = mismatch() or f"{MODULE} is not found: {BUILD}"
     except ImportError as e:  # a shared library is missing, or torch is not what its version says
@@ -105,6 +110,20 @@ def _load() -> tuple[Any, str | None]:
         return module, None
     _warn(reason)
     return None, reason
+
+
+def _define(module: Any, name: str) -> None:
+    what = format_of(name)
+    module.define_format(name, what.code, what.order, what.blocksizes)
+
+
+def define(name: str) -> None:
+    """Tells the extension of a format that was added to FORMATS after it was loaded.
+
+    Raises:
+        ValueError: there is no such format, the extension can't compute with it, or it knows another one of that name.
+    """
+    _define(extension(), name)
 
 
 @functools.cache
@@ -196,7 +215,4 @@ def qlora_linear_autograd(x: Tensor, layers: Sequence[Layer]) -> list[Tensor] | 
     mask is drawn where it is None.  None where something watches the call (a dispatch mode, torch.func, a tensor subclass) or
     an argument is not what the contract asks for.
     """
-    try:
-        return extension().qlora_linear_autograd(x, layers)
-    except TypeError:  # pybind11's, of an argument that is not even a tensor, number or string where it should be
-        return None
+    return extension().qlora_linear_autograd(x, layers)

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 import torch
-from helpers import CPU, assert_same_bits, python
+from helpers import CPU, python
 from torch import nn
 
 import lora_kernels as lk
@@ -141,17 +141,6 @@ def test_unknown_names(monkeypatch):
         lk.quantize(torch.randn(3, 64))
     force_by_environment(monkeypatch, "")
     assert backends.forced() is None
-
-
-def test_native_codebooks_are_ours():
-    native = backends.load("native")
-    if reason := native.unavailable(CPU):
-        pytest.skip(reason)
-    from lora_kernels.formats import codebook
-
-    for quant_type in ("nf4", "fp4"):
-        table = torch.as_tensor(native.extension().codebook(quant_type), dtype=torch.float32)
-        assert_same_bits(table, codebook(quant_type), quant_type)
 
 
 ISA_CHECK = """

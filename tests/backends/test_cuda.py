@@ -91,8 +91,8 @@ def test_table_of_byte_permutations(probe, dtype, quant_type):
     n = words.shape[0]
     scales = (torch.rand(n) + 0.5) * 2.0 ** torch.randint(-30, 15, (n,)) * torch.tensor([1.0, -1.0])[torch.randint(2, (n,))]
     out = torch.empty(n, 8, dtype=dtype)
-    pointers = [ctypes.c_void_p(t.data_ptr()) for t in (words, scales, out)]
-    probe.library.probe_decode(dtype == torch.float16, quant_type == "nf4", n, *pointers)
+    code, *pointers = (ctypes.c_void_p(t.data_ptr()) for t in (codebook(quant_type), words, scales, out))
+    probe.library.probe_decode(dtype == torch.float16, code, n, *pointers)
     codes = torch.stack([words >> 4, words & 15], dim=2).view(n, 8).long()
     assert_same_bits(out, (codebook(quant_type)[codes] * scales[:, None]).to(dtype))
 
@@ -171,16 +171,14 @@ def test_quantize_refuses_what_is_not_finite(value, dtype):
             cuda.quantize(weight, "nf4", 64, False)
 
 
-# ---- decoded panels and the library's product, as csrc/bindings.cpp joins them for many rows
+# ---- decoded panels and the library's product, as csrc/panels.cpp joins them for many rows
 
 
 def test_panels():
     inputs = testing.make_inputs(testing.Case(40, 130, 100, r=9, bias=True, dropout=0.2, dtype=torch.float16, blocksize=256))
-    layer = (inputs.qw, inputs.lora_A, inputs.lora_B, 2.0)
-    y, h = cuda.qlora_linear(inputs.x, *layer, inputs.bias, 0.2, inputs.seed, product=False)
-    needs = (True, True, True, True)
-    arguments = (inputs.dy, inputs.x, h, *layer, 0.2, inputs.seed, needs)
-    dx, dA, dB, dbias = cuda.qlora_linear_backward(*arguments, product=False)
+    (y,), (h,) = cuda.qlora_linear(inputs.x, [inputs.layer], product=False)
+    arguments = ([inputs.dy], inputs.x, [h], [inputs.layer], True, [(True, True, True)])
+    dx, (dA,), (dB,), (dbias,) = cuda.qlora_linear_backward(*arguments, product=False)
     K = inputs.qw.shape[1]
     for begin in range(0, 130, 32):
         end = min(130, begin + 32)

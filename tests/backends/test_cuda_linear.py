@@ -9,6 +9,7 @@ from helpers import assert_same_bits
 
 from lora_kernels import testing
 from lora_kernels.formats import BLOCKSIZES
+from lora_kernels.layer import Layer
 from lora_kernels.testing import Case, Inputs, Results, assert_close_to_oracle, make_inputs
 
 HALF, BF16, FLOAT = DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -22,14 +23,13 @@ def device():
 
 
 def run(inputs: Inputs) -> Results:
-    c = inputs.case
-    layer, lora = (inputs.qw, inputs.lora_A, inputs.lora_B, c.scaling), bool(c.r)
-    y, h = cuda.qlora_linear(inputs.x, *layer, inputs.bias, c.dropout, inputs.seed)
-    needs = (True, lora, lora, c.bias)
-    saved = (inputs.x, h) if lora else (None, None)
-    gradients = cuda.qlora_linear_backward(inputs.dy, *saved, *layer, c.dropout, inputs.seed, needs)
-    results = {"y": y, "h": h} if lora else {"y": y}
-    return results | {n: g for n, g in zip(("dx", "dA", "dB", "dbias"), gradients, strict=True) if g is not None}
+    lora = bool(inputs.case.r)
+    (y,), (h,) = cuda.qlora_linear(inputs.x, [inputs.layer])
+    x, h = (inputs.x, h) if lora else (None, None)
+    needs = (lora, lora, inputs.case.bias)
+    dx, (dA,), (dB,), (dbias,) = cuda.qlora_linear_backward([inputs.dy], x, [h], [inputs.layer], True, [needs])
+    results = {"y": y, "h": h, "dx": dx, "dA": dA, "dB": dB, "dbias": dbias}
+    return {name: t for name, t in results.items() if t is not None}
 
 
 CASES = [
@@ -95,16 +95,14 @@ def test_no_rows(dtype):
 
 def test_each_gradient_alone():
     inputs = make_inputs(Case(20, 65, 96, r=8, bias=True, dropout=0.1))
-    c = inputs.case
-    h = cuda.qlora_linear(inputs.x, inputs.qw, inputs.lora_A, inputs.lora_B, c.scaling, None, c.dropout, inputs.seed)[1]
+    _, (h,) = cuda.qlora_linear(inputs.x, [inputs.layer])
     want = run(inputs)
     for i, name in enumerate(("dx", "dA", "dB", "dbias")):
-        needs = tuple(j == i for j in range(4))
-        saved = (inputs.x if needs[1] else None, h if needs[2] else None)
-        got = cuda.qlora_linear_backward(
-            inputs.dy, *saved, inputs.qw, inputs.lora_A, inputs.lora_B, c.scaling, c.dropout, inputs.seed, needs
-        )
-        assert [g is not None for g in got] == list(needs)
+        need_dx, *needs = (j == i for j in range(4))
+        x, saved_h = inputs.x if needs[0] else None, h if needs[1] else None
+        dx, (dA,), (dB,), (dbias,) = cuda.qlora_linear_backward([inputs.dy], x, [saved_h], [inputs.layer], need_dx, [needs])
+        got = (dx, dA, dB, dbias)
+        assert [g is not None for g in got] == [need_dx, *needs]
         if name in ("dx", "dA"):  # g is summed in another order without dB
             assert testing.relative_error(got[i], want[name]) < 2**-8
         else:
@@ -112,28 +110,26 @@ def test_each_gradient_alone():
 
 
 def test_dx_of_a_group_is_added():
-    inputs = make_inputs(Case(20, 65, 96, r=8))
-    arguments = (inputs.qw, inputs.lora_A, inputs.lora_B, inputs.case.scaling, 0.0, None, (True, False, False, False))
-    onto = torch.randn(20, 96)
-    dx = onto.clone()
-    cuda.qlora_linear_backward(inputs.dy, None, None, *arguments, dx)
-    dx -= onto
-    assert_close_to_oracle({"dx": dx.to(inputs.x.dtype)}, inputs)
-    assert testing.relative_error(dx, testing.oracle(inputs)["dx"]) < 2**-10, "rounded to bfloat16 on the way"
+    several = [make_inputs(Case(20, N, 96, r=8), seed=N) for N in (65, 33, 40)]
+    dys, layers = [i.dy for i in several], [i.layer for i in several]
+    dx, *_ = cuda.qlora_linear_backward(dys, None, [None] * 3, layers, True, [(False, False, False)] * 3)
+    testing.assert_dx_of_group(dx, several)
+    want = sum(testing.oracle(i)["dx"] for i in several)
+    assert testing.relative_error(dx, want) < 2**-8, "rounded to bfloat16 more than once"
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 def test_without_the_product(dtype):
     """What is left for a library to add to: the adapter's term, rounded, and zero where there is none."""
     inputs = make_inputs(Case(70, 65, 96, r=8, dtype=dtype, bias=True, dropout=0.1))
-    c, W = inputs.case, testing.decode(inputs.qw, dtype).double()
-    layer = (inputs.qw, inputs.lora_A, inputs.lora_B, c.scaling)
-    y, _ = cuda.qlora_linear(inputs.x, *layer, inputs.bias, c.dropout, inputs.seed, False)
-    needs = (True, False, False, False)
-    dx = cuda.qlora_linear_backward(inputs.dy, None, None, *layer, c.dropout, inputs.seed, needs, None, False)[0]
+    W = testing.decode(inputs.qw, dtype).double()
+    (y,), _ = cuda.qlora_linear(inputs.x, [inputs.layer], product=False)
+    backward = ([inputs.dy], None, [None], [inputs.layer], True, [(False, False, False)])
+    dx, *_ = cuda.qlora_linear_backward(*backward, product=False)
     whole = {"y": y.double() + inputs.x.double() @ W.T, "dx": dx.double() + inputs.dy.double() @ W}
     assert_close_to_oracle({name: t.to(dtype) for name, t in whole.items()}, inputs)
-    assert not cuda.qlora_linear(inputs.x, inputs.qw, None, None, 1.0, None, 0.0, None, False)[0].any()
+    (y,), _ = cuda.qlora_linear(inputs.x, [Layer.of(inputs.qw)], product=False)
+    assert not y.any()
 
 
 def test_partial_sums_of_g_that_would_outgrow_dy(seed):
@@ -142,5 +138,5 @@ def test_partial_sums_of_g_that_would_outgrow_dy(seed):
     assert inputs.lora_A is not None and inputs.lora_B is not None
     for t in (inputs.dy, inputs.lora_A, inputs.lora_B):
         t.random_(-3, 4)
-    arguments = (inputs.qw, inputs.lora_A, inputs.lora_B, inputs.case.scaling, 0.0, None, (True, False, False, False))
-    assert_close_to_oracle({"dx": cuda.qlora_linear_backward(inputs.dy, None, None, *arguments)[0]}, inputs)
+    dx, *_ = cuda.qlora_linear_backward([inputs.dy], None, [None], [inputs.layer], True, [(False, False, False)])
+    assert_close_to_oracle({"dx": dx}, inputs)

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,8 @@ from helpers import HANG
 
 from lora_kernels import quantize, testing
 from lora_kernels.backends import native, reference
-from lora_kernels.formats import DYNAMIC_MAP
+from lora_kernels.formats import DYNAMIC_MAP, FORMATS, Format
+from lora_kernels.layer import Layer
 from lora_kernels.testing import Case
 
 pytestmark = pytest.mark.skipif(native.unavailable(torch.device("cpu")) is not None, reason="the C++ extension is not built")
@@ -243,6 +245,73 @@ def test_unknown_level_names_the_levels():
     environment = os.environ | {"LORA_KERNELS_CPU_ISA": "mmx"}
     run = subprocess.run([sys.executable, "-c", command], env=environment, capture_output=True, text=True, timeout=HANG)
     assert run.returncode != 0 and "portable" in run.stderr and "mmx" in run.stderr
+
+
+def test_module_of_other_fields_is_refused(monkeypatch):
+    fields = (*native.extension().layer_fields()[:-1], "group")
+    module = SimpleNamespace(__file__=native.extension().__file__, layer_fields=lambda: fields)
+    monkeypatch.setattr(native.importlib, "import_module", lambda name: module)
+    monkeypatch.setattr(native, "_warn", lambda reason: None)
+    got, reason = native._load.__wrapped__()
+    assert got is None
+    assert "was built for other fields of a layer, packed, " in reason and ", group in place of packed, " in reason
+    assert reason.endswith(f"build it again: {native.BUILD}")
+
+
+def test_module_from_before_there_were_fields_is_refused(monkeypatch):
+    module = SimpleNamespace(__file__=native.extension().__file__)
+    monkeypatch.setattr(native.importlib, "import_module", lambda name: module)
+    monkeypatch.setattr(native, "_warn", lambda reason: None)
+    assert "was built for other fields" in native._load.__wrapped__()[1]
+
+
+SQUARES = tuple((i / 16) ** 2 for i in range(16))
+
+
+@pytest.mark.parametrize(
+    ("name", "what", "words"),
+    [
+        ("nf4", Format(SQUARES), "format 'nf4' is defined already, with other values"),
+        (
+            "odd",
+            Format(SQUARES, blocksizes=(48,)),
+            "format 'odd' must have blocks of a power of two from 32 to 4096 elements, got 48",
+        ),
+        ("small", Format(SQUARES, blocksizes=(32, 16)), "got 16"),
+    ],
+)
+def test_format_that_can_not_be_defined(monkeypatch, name: str, what: Format, words: str):
+    monkeypatch.setitem(FORMATS, name, what)
+    with pytest.raises(ValueError, match=words):
+        native.define(name)
+
+
+def test_order_must_be_one():
+    define = native.extension().define_format
+    with pytest.raises(ValueError, match="every index once"):
+        define("wrong", SQUARES, (*range(15), 0), (64,))
+    with pytest.raises(ValueError, match="in the order of their values"):
+        define("wrong", SQUARES, tuple(reversed(range(16))), (64,))
+    with pytest.raises(ValueError, match="indices 0 to 15, got 16"):
+        define("wrong", SQUARES, (*range(15), 16), (64,))
+
+
+def test_a_format_is_defined_twice():
+    native.define("nf4")
+    with pytest.raises(ValueError, match="quant_type must be one of nf4, fp4, got 'nf5'"):
+        native.define("nf5")
+
+
+def test_unknown_format_is_never_another():
+    qw = quantize(torch.randn(6, 64))
+    unknown = replace(qw, quant_type="nf5")
+    for call in (
+        lambda: native.quantize(torch.randn(64), "nf5", 64, True),
+        lambda: native.dequantize(unknown, FP32),
+        lambda: native.qlora_linear(torch.randn(2, 64), [Layer.of(unknown)]),
+    ):
+        with pytest.raises(ValueError, match=r"quant_type must be one of nf4, fp4.*, got 'nf5'"):
+            call()
 
 
 if __name__ == "__main__":

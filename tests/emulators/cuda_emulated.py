@@ -13,6 +13,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_kernels.formats import DYNAMIC_MAP, QuantizedWeight
+from lora_kernels.formats import DYNAMIC_MAP, QuantizedWeight, format_of
+from lora_kernels.layer import Layer
 
 ROOT = Path(__file__).parents[2]
 CXX = os.environ.get("CXX") or shutil.which("g++") or "c++"
@@ -44,7 +46,7 @@ EMULATOR = ROOT / "tests/emulators/cuda_emulator"
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    lib = build([*sorted(ROOT.glob("csrc/cuda/*.cu")), EMULATOR / "harness.cpp"])
+    lib = build([*sorted(ROOT.glob("csrc/cuda/*.cu")), ROOT / "csrc/formats.cpp", EMULATOR / "harness.cpp"])
     lib.emulator_error.restype = ctypes.c_char_p
     return lib
 
@@ -87,7 +89,7 @@ class WeightArguments(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("packed", "absmax", "absmax_u8", "absmax2", "code2", "offset")),
         *((name, ctypes.c_int64) for name in ("N", "K", "blocksize")),
-        ("nf4", ctypes.c_int),
+        ("quant_type", ctypes.c_char_p),
     )
 
 
@@ -124,6 +126,15 @@ def pointer(t: Tensor | None) -> int | None:
     return None if t is None else t.data_ptr()
 
 
+def defined(quant_type: str) -> bytes:
+    """The name of a format, which the library has been told."""
+    what = format_of(quant_type)
+    arrays = (ctypes.c_float * 16)(*what.code), (ctypes.c_uint8 * 16)(*what.order)
+    sizes = (ctypes.c_int64 * len(what.blocksizes))(*what.blocksizes)
+    call("define_format", quant_type.encode(), *arrays, sizes, ctypes.c_int(len(sizes)))
+    return quant_type.encode()
+
+
 def weight_arguments(qw: QuantizedWeight, shape: tuple[int, int] | None = None) -> WeightArguments:
     N, K = shape or (1, qw.numel)
     return WeightArguments(
@@ -136,14 +147,16 @@ def weight_arguments(qw: QuantizedWeight, shape: tuple[int, int] | None = None) 
         N,
         K,
         qw.blocksize,
-        qw.quant_type == "nf4",
+        defined(qw.quant_type),
     )
 
 
-def adapter_arguments(A: Tensor | None, B: Tensor | None, scaling: float, p: float, seed: Tensor | None) -> AdapterArguments:
+def adapter_arguments(layer: Layer) -> AdapterArguments:
+    A, B = layer.lora_A, layer.lora_B
     if A is None or B is None:
-        return AdapterArguments(None, None, 0, 0, 0, scaling, 0.0, None)
-    return AdapterArguments(pointer(A), pointer(B), DTYPES[A.dtype], DTYPES[B.dtype], A.shape[0], scaling, p, pointer(seed))
+        return AdapterArguments(None, None, 0, 0, 0, layer.scaling, 0.0, None)
+    dtypes, dropout = (DTYPES[A.dtype], DTYPES[B.dtype]), (layer.dropout_p, pointer(layer.seed))
+    return AdapterArguments(pointer(A), pointer(B), *dtypes, layer.r, layer.scaling, *dropout)
 
 
 # ---- the ops
@@ -153,7 +166,7 @@ def quantize(weight: Tensor, quant_type: str, blocksize: int, double_quant: bool
     n = weight.numel()
     packed, absmax = torch.empty((n + 1) // 2, dtype=torch.uint8), torch.empty(-(n // -blocksize))
     bad = torch.zeros(1, dtype=torch.int32)
-    call("quantize", weight.contiguous(), DTYPES[weight.dtype], n, quant_type == "nf4", blocksize, packed, absmax, bad)
+    call("quantize", weight.contiguous(), DTYPES[weight.dtype], n, defined(quant_type), blocksize, packed, absmax, bad)
     if bad:
         raise ValueError("weight contains NaN or infinity")
     if not double_quant:
@@ -167,7 +180,7 @@ def quantize(weight: Tensor, quant_type: str, blocksize: int, double_quant: bool
 def decode_absmax(absmax: Tensor, absmax2: Tensor, code2: Tensor, offset: Tensor) -> Tensor:
     out = torch.empty(absmax.numel())
     arguments = (pointer(t) for t in (absmax, absmax2, code2, offset))
-    call("decode_absmax", WeightArguments(None, None, *arguments, 1, absmax.numel(), 1, True), out)
+    call("decode_absmax", WeightArguments(None, None, *arguments, 1, absmax.numel(), 1, None), out)
     return out
 
 
@@ -178,48 +191,42 @@ def dequantize(qw: QuantizedWeight, dtype: torch.dtype, begin: int = 0, end: int
     return out.view(qw.shape) if out.numel() == qw.numel else out
 
 
-def qlora_linear(
-    x: Tensor,
-    qw: QuantizedWeight,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
-    scaling: float,
-    bias: Tensor | None,
-    dropout_p: float,
-    seed: Tensor | None,
-    product: bool = True,
-) -> tuple[Tensor, Tensor]:
-    (M, K), N, r = x.shape, qw.shape[0], 0 if lora_A is None else lora_A.shape[0]
-    y, h = x.new_empty(M, N), x.new_empty(M, r)
-    adapter = adapter_arguments(lora_A, lora_B, scaling, dropout_p, seed)
-    bias_dtype = 0 if bias is None else DTYPES[bias.dtype]
-    call("qlora_linear", DTYPES[x.dtype], M, x, weight_arguments(qw, (N, K)), adapter, bias, bias_dtype, y, h, product)
-    return y, h
+def qlora_linear(x: Tensor, layers: Sequence[Layer], product: bool = True) -> tuple[list[Tensor], list[Tensor]]:
+    """`product`: False leaves x Wᵀ to the caller."""
+    ys, hs = [], []
+    for one in layers:
+        (M, K), N, bias = x.shape, one.shape[0], one.bias
+        y, h = x.new_empty(M, N), x.new_empty(M, one.r)
+        bias_dtype = 0 if bias is None else DTYPES[bias.dtype]
+        arguments = (weight_arguments(one.weight, (N, K)), adapter_arguments(one), bias, bias_dtype)
+        call("qlora_linear", DTYPES[x.dtype], M, x, *arguments, y, h, product)
+        ys.append(y)
+        hs.append(h)
+    return ys, hs
 
 
 def qlora_linear_backward(
-    dy: Tensor,
+    dys: Sequence[Tensor],
     x: Tensor | None,
-    h: Tensor | None,
-    qw: QuantizedWeight,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
-    scaling: float,
-    dropout_p: float,
-    seed: Tensor | None,
-    needs: tuple[bool, bool, bool, bool],
-    dx: Tensor | None = None,
+    hs: Sequence[Tensor | None],
+    layers: Sequence[Layer],
+    need_dx: bool,
+    needs: Sequence[tuple[bool, bool, bool]],
     product: bool = True,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """`dx`, if given, is float32 and is added to."""
-    (M, N), K = dy.shape, qw.shape[1]
-    accumulate = dx is not None
-    if needs[0] and dx is None:
-        dx = dy.new_empty(M, K)
-    dA = torch.empty_like(lora_A) if needs[1] and lora_A is not None else None
-    dB = torch.empty_like(lora_B) if needs[2] and lora_B is not None else None
-    dbias = torch.empty(N) if needs[3] else None
-    adapter = adapter_arguments(lora_A, lora_B, scaling, dropout_p, seed)
-    arguments = (M, dy, x, h, weight_arguments(qw, (N, K)), adapter, accumulate, dx, dA, dB, dbias, product)
-    call("qlora_linear_backward", DTYPES[dy.dtype], *arguments)
-    return dx, dA, dB, dbias
+) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None], list[Tensor | None]]:
+    """`product`: False leaves dy W to the caller.  dx of several layers is summed in float32, as csrc/host.cpp has it."""
+    (M, _), K, several = dys[0].shape, layers[0].shape[1], len(layers) > 1
+    dx = None
+    if need_dx:
+        dx = torch.zeros(M, K) if several else dys[0].new_empty(M, K)
+    dAs, dBs, dbiases = [], [], []
+    for dy, h, one, (need_dA, need_dB, need_dbias) in zip(dys, hs, layers, needs, strict=True):
+        dA = torch.empty_like(one.lora_A) if need_dA and one.lora_A is not None else None
+        dB = torch.empty_like(one.lora_B) if need_dB and one.lora_B is not None else None
+        dbias = torch.empty(one.shape[0]) if need_dbias else None
+        arguments = (M, dy, x, h, weight_arguments(one.weight, one.shape), adapter_arguments(one))
+        call("qlora_linear_backward", DTYPES[dy.dtype], *arguments, several, dx, dA, dB, dbias, product)
+        dAs.append(dA)
+        dBs.append(dB)
+        dbiases.append(dbias)
+    return dx if dx is None else dx.to(dys[0].dtype), dAs, dBs, dbiases

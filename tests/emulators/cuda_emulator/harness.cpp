@@ -4,7 +4,7 @@
 #include <string>
 #include <vector>
 
-#include "../../csrc/ops.h"
+#include "../../../csrc/ops.h"
 #include "guarded.h"
 
 namespace emulator {
@@ -18,7 +18,7 @@ using namespace lora_kernels;
 struct WeightArguments {
   const void *packed, *absmax, *absmax_u8, *absmax2, *code2, *offset;
   int64_t N, K, blocksize;
-  int nf4;
+  const char* quant_type;
 };
 
 struct AdapterArguments {
@@ -61,7 +61,7 @@ class Call {
   }
   Weight weight(const WeightArguments& a) {
     Weight w;
-    w.N = a.N, w.K = a.K, w.blocksize = a.blocksize, w.quant_type = a.nf4 ? QuantType::nf4 : QuantType::fp4;
+    w.N = a.N, w.K = a.K, w.blocksize = a.blocksize, w.format = a.quant_type ? &format_of(a.quant_type) : nullptr;
     w.packed = in<uint8_t>(a.packed, (w.numel() + 1) / 2);
     w.absmax = in<float>(a.absmax, w.n_blocks());
     w.absmax_u8 = in<uint8_t>(a.absmax_u8, w.n_blocks());
@@ -128,10 +128,14 @@ void emulator_device(int capability, int processors) {
   emulator::processors = processors;
 }
 
-bool emulate_quantize(const void* weight, int dtype, int64_t numel, int nf4, int64_t blocksize, void* packed, void* absmax,
-                      void* bad) {
+bool emulate_define_format(const char* name, const float* code, const uint8_t* order, const int64_t* blocksizes, int n) {
+  return run([&](Call&) { define_format(name, code, order, blocksizes, n); });
+}
+
+bool emulate_quantize(const void* weight, int dtype, int64_t numel, const char* quant_type, int64_t blocksize, void* packed,
+                      void* absmax, void* bad) {
   return run([&](Call& c) {
-    cuda::quantize(c.context(), c.dense(weight, dtype, numel), numel, nf4 ? QuantType::nf4 : QuantType::fp4, blocksize,
+    cuda::quantize(c.context(), c.dense(weight, dtype, numel), numel, format_of(quant_type), blocksize,
                    c.out<uint8_t>(packed, (numel + 1) / 2), c.out<float>(absmax, (numel + blocksize - 1) / blocksize),
                    c.out<int32_t>(bad, 1, true));
   });

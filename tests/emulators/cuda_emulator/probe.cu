@@ -1,7 +1,7 @@
 // Kernels whose result is known or that are wrong in one way each: what the emulator is there to find.
 #include <string>
 
-#include "../../csrc/cuda/decode.cuh"
+#include "../../../csrc/cuda/decode.cuh"
 
 using namespace lora_kernels::cuda;
 
@@ -74,9 +74,11 @@ std::string error;
 
 }  // namespace
 
-extern "C" void probe_decode(int f16_, int nf4, int n, const uint32_t* words, const float* scales, void* out) {
+extern "C" void probe_decode(int f16_, const float* code, int n, const uint32_t* words, const float* scales, void* out) {
   const Context context = {nullptr, {}, nullptr};
-  const Codebook codebook(nf4 ? lora_kernels::QuantType::nf4 : lora_kernels::QuantType::fp4);
+  lora_kernels::Format format{};
+  for (int i = 0; i < 16; i++) format.code[i] = code[i];
+  const Codebook codebook(format);
   if (f16_)
     launch(context, "decode_words", decode_words<f16>, n / 256, 256, 0, codebook, words, scales, static_cast<f16*>(out));
   else

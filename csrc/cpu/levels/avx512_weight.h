@@ -1,7 +1,8 @@
-// Levels "avx512" (F, BW, VL, DQ) and "avx512bf16" (and VBMI, BF16): one source, two sets of flags.
+// What the levels "avx512" (F, BW, VL, DQ) and "avx512bf16" (and VBMI, BF16) do with a weight: one source, two sets of flags.
+#pragma once
 #include <immintrin.h>
 
-#include "convert.h"
+#include "../convert.h"
 
 namespace lora_kernels::cpu {
 namespace {
@@ -153,6 +154,3 @@ struct V {
 
 }  // namespace
 }  // namespace lora_kernels::cpu
-
-#include "avx512_gemm.h"
-#include "kernels_impl.h"

@@ -1,12 +1,15 @@
 // The tiles of the packed matrix product, over a struct M that says how one instruction-set level multiplies:
-//   M::F, M::W, M::X        WIDTH-independent vectors of M::LANES sums, right operands and broadcast left operands
-//   M::NV, M::WIDTH         vectors of columns in a tile; columns side by side in memory
-//   M::VALUES               contraction steps in a dword
-//   M::TYPE, store_own      the dtype that is multiplied, and the store of whole vectors to it
-//   M::zero, load_f32, store_f32, add, mul, set1, right, broadcast, dot, store(dtype, out, v, n), convert, ...
+//   M::F, M::W, M::X        vectors of LANES sums, of LANES right operands, and of one left operand in every lane
+//   M::LANES, M::NV         values in a vector, and vectors side by side in a tile
+//   M::WIDTH                columns of the right operand that lie side by side in memory
+//   M::VALUES, M::TYPE      steps of the contraction in a dword (1 or 2), and the dtype that is multiplied
+//   zero, set1, load_f32, store_f32, add, mul                 on vectors of sums
+//   right(dwords), broadcast(dword), dot(sum, x, w)           operands, and sum + x w
+//   load(D, p), load_some(p, n), store(D, out, v, n)          a whole vector; the first n lanes of one
+//   store_own(out, i, v)                                      a whole vector to values of TYPE, from the i-th on
 #pragma once
-#include "convert.h"
-#include "kernels.h"
+#include "../convert.h"
+#include "../kernels.h"
 
 namespace lora_kernels::cpu {
 namespace {
@@ -74,8 +77,9 @@ inline void store(DType dtype, void* out, int64_t i, typename M::F v, int n) {
     M::store(F16(), static_cast<uint16_t*>(out) + i, v, n);
 }
 
-// What is not common, from sums [rows, NV vectors] in memory: partial sums and an output beside which nothing else is added are
-// handled where the sums still are in registers.
+// The slow way out of a tile: sums [rows, NV vectors], which wait in memory, plus partial sums and bias where there are any,
+// are rounded and stored, any number of columns of any dtype.  Kept out of line, so that the usual ways (`tile_of`: whole
+// vectors of M::TYPE without a bias, or sums that are only carried on) keep their sums in registers.
 template <class M>
 __attribute__((noinline)) void finish_rows(int rows, const float* sums, int c0, const Finish& t) {
   constexpr int L = M::LANES, NV = M::NV;

@@ -1,7 +1,8 @@
 // The linear layer on a few rows of x: what it takes is to read W, and W is read once, in one long stretch a thread.
+#include "few_rows.h"
+
 #include "convert.h"
-#include "dots.h"
-#include "packed_product.h"
+#include "packed.h"
 
 namespace lora_kernels::cpu {
 
@@ -80,8 +81,8 @@ class Part {
       if (bias.data)
         k.f32.convert(bias.dtype, static_cast<const char*>(bias.data) + n0 * itemsize(bias.dtype), n1 - n0, biases);
       fetch_factors(n1, std::min(end, n1 + chunk_));
-      dots_({w_.packed, w_.packed + ceil_div(w_.numel(), 2), w_.quant_type == QuantType::nf4 ? NF4 : FP4, absmax, K, w_.N, M_,
-             x, rank_, h, B, bias.data ? biases : nullptr, layer_.y, dtype_},
+      dots_({w_.packed, w_.packed + ceil_div(w_.numel(), 2), w_.format->code, absmax, K, w_.N, M_, x, rank_, h, B,
+             bias.data ? biases : nullptr, layer_.y, dtype_},
             n0, n1);
     }
   }
@@ -122,11 +123,11 @@ class Part {
 
 }  // namespace
 
-bool takes_dots(DType dtype, int64_t M, const Weight& w) {
+bool takes_few_rows(DType dtype, int64_t M, const Weight& w) {
   return M <= Product(dtype).gemm.few && w.K % 64 == 0 && w.blocksize >= 64;
 }
 
-void qlora_linear_dots(DType dtype, int64_t M, const void* x, const std::vector<Layer>& layers) {
+void qlora_linear_few_rows(DType dtype, int64_t M, const void* x, const std::vector<Layer>& layers) {
   static thread_local Scratch split_scratch, rows_scratch, dropped_scratch, h_scratch;
   const Product product(dtype);
   const Gemm& g = product.gemm;

@@ -1,6 +1,11 @@
-// The packed bf16 product of level "avx512bf16".
-#pragma once
-#include "avx512_gemm.h"
+// Level "avx512bf16": level "avx512" with VBMI, and with products of bf16.
+#include <immintrin.h>
+
+#include "../loops/dots.h"
+#include "../loops/tiles.h"
+#include "../loops/weight.h"
+#include "avx512_products.h"
+#include "avx512_weight.h"
 
 namespace lora_kernels::cpu {
 namespace {
@@ -155,24 +160,38 @@ struct DotsBF16 {
   }
 };
 
-constexpr Gemm GEMM_BF16 = {2,
-                            MathBF16::WIDTH,
-                            ROWS,
-                            1,
-                            false,
-                            convert_bf16,
-                            transpose_wide<uint16_t>,
-                            interleave_pairs,
-                            tile<MathBF16>,
-                            rank_tile<MathBF16>,
-                            scale_store<MathBF16>,
-                            rank_dots<MathBF16, uint16_t, convert_bf16>,
-                            MathBF16::DOTS,
-                            DotsBF16::STEP,
-                            split<DotsBF16>,
-                            decode_rows,
-                            decode_columns,
-                            nullptr};
+constexpr Gemm make_gemm_bf16() {
+  Gemm g{};
+  g.values = MathBF16::VALUES;
+  g.width = MathBF16::WIDTH;
+  g.rows = ROWS;
+  g.grain = 1;
+  g.row_major = false;
+  g.convert = convert_bf16;
+  g.transpose = transpose_wide<uint16_t>;
+  g.interleave = interleave_pairs;
+  g.tile = tile<MathBF16>;
+  g.rank_tile = rank_tile<MathBF16>;
+  g.store = scale_store<MathBF16>;
+  g.rank_dots = rank_dots<MathBF16, uint16_t, convert_bf16>;
+  g.few = MathBF16::DOTS;
+  g.step = DotsBF16::STEP;
+  g.split = split<DotsBF16>;
+  g.decode_rows = decode_rows;
+  g.decode_columns = decode_columns;
+  return g;
+}
+
+constexpr Kernels make_level() {
+  const Gemm f32 = make_gemm_f32<MathF32, DotsF32>(transpose_wide<uint32_t>, interleave_wide);
+  Kernels k = make_kernels<V, DotsF32>("avx512bf16", f32);
+  k.bf16 = make_gemm_bf16();
+  k.dots_bf16 = dots<DotsBF16>;
+  return k;
+}
 
 }  // namespace
+
+constexpr Kernels avx512bf16_kernels = make_level();
+
 }  // namespace lora_kernels::cpu

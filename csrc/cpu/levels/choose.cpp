@@ -4,7 +4,7 @@
 #include <string>
 #include <utility>
 
-#include "kernels.h"
+#include "../kernels.h"
 #ifdef LORA_KERNELS_X86
 #include <cpuid.h>
 #endif

@@ -1,93 +1,19 @@
-// The Python module lora_kernels._C: unpacks tensors, allocates outputs, releases the GIL.  No maths here.
-#include "bindings.h"
+// Unpacks tensors, allocates outputs, and runs an op where its tensors are.
+#include "host.h"
 
-#include <ATen/ATen.h>
 #include <c10/core/DeviceGuard.h>
-#include <c10/core/GradMode.h>
-#include <torch/csrc/Exceptions.h>
-#include <torch/csrc/autograd/python_variable.h>
-#include <torch/csrc/utils/pybind.h>
 
-#include <algorithm>
-#include <array>
+#include <functional>
 #include <map>
 #include <mutex>
-#include <optional>
 #include <stdexcept>
-#include <string>
-#include <tuple>
-#include <vector>
+#include <utility>
 
-#include "codebooks.h"
-#include "cpu/kernels.h"
 #include "ops.h"
-
-// A tuple of its parts, unpacked by hand: pybind11's casters take longer than the product of a small layer with one row.
-template <>
-struct pybind11::detail::type_caster<lora_kernels::Layer> {
-  PYBIND11_TYPE_CASTER(lora_kernels::Layer, const_name("tuple"));
-
-  bool load(handle source, bool) {
-    auto& l = value;
-    if (!PyTuple_Check(source.ptr())) return false;
-    fetch(source.ptr());
-    const bool loaded = read(source.ptr(), l.packed, l.absmax, l.absmax2, l.code2, l.offset, l.shape, l.quant_type, l.blocksize,
-                             l.lora_A, l.lora_B, l.scaling, l.bias, l.dropout_p, l.seed);
-    if (!loaded) PyErr_Clear();
-    return loaded;
-  }
-
- private:
-  // The items of a tuple; false, perhaps with a Python error, if there is another number of them or one is not of its type.
-  template <class... Parts>
-  static bool read(PyObject* tuple, Parts&... parts) {
-    if (PyTuple_GET_SIZE(tuple) != sizeof...(parts)) return false;
-    Py_ssize_t i = 0;
-    return (read_one(PyTuple_GET_ITEM(tuple, i++), parts) && ...);
-  }
-  static bool read_one(PyObject* item, at::Tensor& t) {
-    if (!THPVariable_Check(item)) return false;
-    t = THPVariable_Unpack(item);
-    return true;
-  }
-  static bool read_one(PyObject* item, lora_kernels::OptionalTensor& t) {
-    return item == Py_None || read_one(item, t.emplace());
-  }
-  static bool read_one(PyObject* item, int64_t& n) { return (n = PyLong_AsLongLong(item)) != -1 || !PyErr_Occurred(); }
-  static bool read_one(PyObject* item, double& v) { return (v = PyFloat_AsDouble(item)) != -1 || !PyErr_Occurred(); }
-  static bool read_one(PyObject* item, std::string& s) {
-    const char* text = PyUnicode_Check(item) ? PyUnicode_AsUTF8(item) : nullptr;
-    if (text) s = text;
-    return text;
-  }
-  static bool read_one(PyObject* item, std::array<int64_t, 2>& shape) {
-    return PyTuple_Check(item) && read(item, shape[0], shape[1]);
-  }
-
-  // A layer was last used a whole model ago.  What describes its tensors, and then where their data begin, is fetched side by
-  // side: in the order in which they are used, each would be a miss to wait for.
-  static void fetch(PyObject* tuple) {
-    const auto each = [&](const auto& f) {
-      for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(tuple); i++)
-        if (PyObject* item = PyTuple_GET_ITEM(tuple, i); THPVariable_CheckExact(item))
-          f(*THPVariable_Unpack(item).unsafeGetTensorImpl());
-    };
-    each([](const at::TensorImpl& t) { fetch(&t, sizeof t); });
-    each([](const at::TensorImpl& t) { fetch(t.unsafe_storage().unsafeGetStorageImpl(), sizeof(at::StorageImpl)); });
-    each([](const at::TensorImpl& t) {
-      if (t.has_storage() && t.is_cpu()) fetch(t.unsafe_storage().data(), std::min(t.unsafe_storage().nbytes(), FETCHED));
-    });
-  }
-  static void fetch(const void* p, size_t bytes) {
-    for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(p) + i);
-  }
-  static constexpr size_t FETCHED = 16 << 10;
-};
+#include "panels.h"
 
 namespace lora_kernels {
 namespace {
-
-namespace py = pybind11;
 
 DType dtype_of(const Tensor& t) {
   switch (t.scalar_type()) {
@@ -101,12 +27,6 @@ DType dtype_of(const Tensor& t) {
       throw std::invalid_argument(std::string("dtype must be float32, float16 or bfloat16, got ") +
                                   at::toString(t.scalar_type()));
   }
-}
-
-QuantType quant_type_of(const std::string& name) {
-  if (name == "nf4") return QuantType::nf4;
-  if (name == "fp4") return QuantType::fp4;
-  throw std::invalid_argument("quant_type must be nf4 or fp4, got '" + name + "'");
 }
 
 Dense dense(const OptionalTensor& t) { return t ? Dense{t->data_ptr(), dtype_of(*t)} : Dense{nullptr, DType::f32}; }
@@ -173,7 +93,7 @@ void run(const Tensor& t, [[maybe_unused]] Cuda&& on_cuda, Cpu&& on_cpu) {
 class PackedWeight {
  public:
   PackedWeight(const Tensor& packed, const Tensor& absmax, const OptionalTensor& absmax2, const OptionalTensor& code2,
-               const OptionalTensor& offset, int64_t N, int64_t K, const std::string& quant_type, int64_t blocksize)
+               const OptionalTensor& offset, int64_t N, int64_t K, const Format* format, int64_t blocksize)
       : packed_(aligned(packed)), absmax_(aligned(absmax)) {
     weight_ = {static_cast<const uint8_t*>(packed_.const_data_ptr()),
                nullptr,
@@ -184,7 +104,7 @@ class PackedWeight {
                N,
                K,
                blocksize,
-               quant_type_of(quant_type)};
+               format};
     if (absmax2) {
       absmax2_ = aligned(*absmax2);
       code2_ = aligned(code2.value());
@@ -223,24 +143,32 @@ struct Operands {
   Adapter adapter;
 };
 
-using Quantized = std::tuple<Tensor, Tensor, OptionalTensor, OptionalTensor>;
+int64_t rows(const Tensor& t) { return c10::multiply_integers(t.sizes().slice(0, t.dim() - 1)); }
 
-// code2 None: no double quantization.
+// [*, last] with the leading dimensions of `like`.
+Tensor empty_rows(const Tensor& like, int64_t last) {
+  auto sizes = like.sizes().vec();
+  sizes.back() = last;
+  return at::empty(sizes, like.options());
+}
+
+}  // namespace
+
 Quantized quantize(const Tensor& weight, const std::string& quant_type, int64_t blocksize, const OptionalTensor& code2) {
-  const QuantType type = quant_type_of(quant_type);
+  const Format& format = format_of(quant_type.c_str());
   const DType dtype = dtype_of(weight);
   const Tensor w = weight.contiguous();
   const int64_t n_blocks = (w.numel() + blocksize - 1) / blocksize;
   const auto f32 = w.options().dtype(at::kFloat), u8 = w.options().dtype(at::kByte);
   Tensor packed = at::empty({(w.numel() + 1) / 2}, u8), absmax = at::empty({n_blocks}, f32);
-  const auto arguments = std::make_tuple(Dense{w.data_ptr(), dtype}, w.numel(), type, blocksize, packed.data_ptr<uint8_t>(),
-                                         absmax.data_ptr<float>());
+  const auto arguments = std::make_tuple(Dense{w.data_ptr(), dtype}, w.numel(), std::cref(format), blocksize,
+                                         packed.data_ptr<uint8_t>(), absmax.data_ptr<float>());
   bool finite = true;
   run(
       w,
       [&](const auto& context) {
         const Tensor bad = at::zeros({1}, w.options().dtype(at::kInt));
-        std::apply([&](auto... a) { cuda::quantize(context, a..., bad.data_ptr<int32_t>()); }, arguments);
+        std::apply([&](const auto&... a) { cuda::quantize(context, a..., bad.data_ptr<int32_t>()); }, arguments);
         finite = bad.item<int32_t>() == 0;
       },
       [&] { finite = std::apply(cpu::quantize, arguments); });
@@ -260,7 +188,7 @@ Quantized quantize(const Tensor& weight, const std::string& quant_type, int64_t 
 }
 
 Tensor decode_absmax(const Tensor& absmax, const Tensor& absmax2, const Tensor& code2, const Tensor& offset) {
-  const PackedWeight w(absmax, absmax, absmax2, code2, offset, 1, absmax.numel(), "nf4", 1);
+  const PackedWeight w(absmax, absmax, absmax2, code2, offset, 1, absmax.numel(), nullptr, 1);
   Tensor out = at::empty({absmax.numel()}, absmax.options().dtype(at::kFloat));
   float* target = out.data_ptr<float>();
   run(out, [&](const auto& context) { cuda::decode_absmax(context, *w, target); }, [&] { cpu::decode_absmax(*w, target); });
@@ -271,45 +199,13 @@ Tensor dequantize(const Tensor& packed, const Tensor& absmax, const OptionalTens
                   const OptionalTensor& offset, const std::vector<int64_t>& shape, const std::string& quant_type,
                   int64_t blocksize, at::ScalarType dtype) {
   Tensor out = at::empty(shape, packed.options().dtype(dtype));
-  const PackedWeight w(packed, absmax, absmax2, code2, offset, 1, out.numel(), quant_type, blocksize);
+  const PackedWeight w(packed, absmax, absmax2, code2, offset, 1, out.numel(), &format_of(quant_type.c_str()), blocksize);
   const DType target = dtype_of(out);
   run(
       out, [&](const auto& context) { cuda::dequantize(context, *w, 0, w->numel(), target, out.data_ptr()); },
       [&] { cpu::dequantize(*w, target, out.data_ptr()); });
   return out;
 }
-
-// Many rows of 16-bit elements are faster multiplied by the library, for which the weight is decoded to memory, in panels of so
-// many bytes at most.  Reckoned, not measured: a tile of csrc/cuda at half the speed of the library breaks even near these
-// rows.
-constexpr int64_t LIBRARY_ROWS = 256, PANEL_BYTES = 64 << 20;
-
-bool by_library(const Tensor& x, int64_t M) { return x.is_cuda() && x.element_size() == 2 && M > LIBRARY_ROWS; }
-
-// f(begin, end, rows [begin, end) of the weight) for all of it, `like` of the dtype and device.
-template <class F>
-void for_each_panel(const cuda::Context& context, const Weight& w, const Tensor& like, F&& f) {
-  const c10::NoGradGuard no_grad;
-  const int64_t fitting = PANEL_BYTES / (w.K * like.element_size());
-  const int64_t rows = std::max<int64_t>(32, fitting / 32 * 32);  // cuda::dequantize begins at multiples of 32 elements
-  const Tensor panel = at::empty({std::min(rows, w.N), w.K}, like.options());
-  for (int64_t begin = 0; begin < w.N; begin += rows) {
-    const int64_t end = std::min(w.N, begin + rows);
-    cuda::dequantize(context, w, begin * w.K, end * w.K, dtype_of(panel), panel.data_ptr());
-    f(begin, end, panel.narrow(0, 0, end - begin));
-  }
-}
-
-int64_t rows(const Tensor& t) { return c10::multiply_integers(t.sizes().slice(0, t.dim() - 1)); }
-
-// [*, last] with the leading dimensions of `like`.
-Tensor empty_rows(const Tensor& like, int64_t last) {
-  auto sizes = like.sizes().vec();
-  sizes.back() = last;
-  return at::empty(sizes, like.options());
-}
-
-}  // namespace
 
 Outputs qlora_linear(const Tensor& input, const std::vector<Layer>& layers) {
   const Tensor x = aligned(input);
@@ -324,15 +220,12 @@ Outputs qlora_linear(const Tensor& input, const std::vector<Layer>& layers) {
   run(
       x,
       [&](const auto& context) {
-        const bool library = by_library(x, M);
+        const bool library = panels::takes(x, M);
         for (size_t i = 0; i < layers.size(); i++) {
           const Operands& o = operands[i];
           cuda::qlora_linear(context, dtype, M, x.data_ptr(), *o.weight, o.adapter, dense(o.bias), ys[i].data_ptr(),
                              hs[i].data_ptr(), !library);
-          if (!library) continue;
-          const Tensor rows = x.view({M, o.weight->K}), out = ys[i].view({M, o.weight->N});
-          for_each_panel(context, *o.weight, x,
-                         [&](int64_t begin, int64_t end, const Tensor& W) { out.slice(1, begin, end).addmm_(rows, W.t()); });
+          if (library) panels::add_forward(context, *o.weight, x.view({M, o.weight->K}), ys[i].view({M, o.weight->N}));
         }
       },
       [&] {
@@ -374,16 +267,13 @@ Gradients qlora_linear_backward(const std::vector<Tensor>& given_dys, const Opti
       [&](const auto& context) {
         OptionalTensor sum;  // of several layers, rounded once at the end
         if (dx && n > 1) sum = at::zeros({M, K}, dx->options().dtype(at::kFloat));
-        const bool library = by_library(first, M) && !sum;
+        const bool library = panels::takes(first, M) && !sum;
         for (size_t i = 0; i < n; i++) {
           const Operands& o = operands[i];
           cuda::qlora_linear_backward(context, dtype, M, dys[i].data_ptr(), data(x), data(hs[i]), *o.weight, o.adapter,
                                       sum.has_value(), data(sum ? sum : dx), data(dAs[i]), data(dBs[i]), floats(dbiases[i]),
                                       !library);
-          if (!library || !dx) continue;
-          const Tensor rows = dys[i].view({M, o.weight->N}), out = dx->view({M, K});
-          for_each_panel(context, *o.weight, rows,
-                         [&](int64_t begin, int64_t end, const Tensor& W) { out.addmm_(rows.slice(1, begin, end), W); });
+          if (library && dx) panels::add_backward(context, *o.weight, dys[i].view({M, o.weight->N}), dx->view({M, K}));
         }
         if (sum) dx->copy_(sum->view(dx->sizes()));
       },
@@ -399,56 +289,4 @@ Gradients qlora_linear_backward(const std::vector<Tensor>& given_dys, const Opti
   return {dx, dAs, dBs, dbiases};
 }
 
-namespace {
-
-Tensor codebook(const std::string& quant_type) {
-  const float* code = quant_type_of(quant_type) == QuantType::nf4 ? NF4 : FP4;
-  return at::from_blob(const_cast<float*>(code), {16}, at::kFloat).clone();
-}
-
-std::vector<std::string> cpu_levels() {
-  const cpu::Kernels* levels[cpu::MAX_LEVELS];
-  const int n = cpu::supported_levels(levels);
-  std::vector<std::string> names;
-  for (int i = 0; i < n; i++) names.emplace_back(levels[i]->name);
-  return names;
-}
-
-py::dict build_info() {
-  py::dict info;
-  info["torch"] = LORA_KERNELS_TORCH;
-#ifdef LORA_KERNELS_CUDA
-  info["cuda_archs"] = LORA_KERNELS_CUDA;  // "75 80 90+ptx"
-  info["nvcc"] = LORA_KERNELS_NVCC;
-#endif
-#if defined(__clang__)
-  info["compiler"] = "clang " __clang_version__;
-#elif defined(__GNUC__)
-  info["compiler"] = "gcc " __VERSION__;
-#else
-  info["compiler"] = "unknown";
-#endif
-  return info;
-}
-
-}  // namespace
 }  // namespace lora_kernels
-
-PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
-  using namespace lora_kernels;
-  const py::call_guard<py::gil_scoped_release> no_gil;
-  m.def("quantize", &lora_kernels::quantize, no_gil);
-  m.def("decode_absmax", &lora_kernels::decode_absmax, no_gil);
-  m.def("dequantize", &lora_kernels::dequantize, no_gil);
-  m.def("qlora_linear", &lora_kernels::qlora_linear, no_gil);
-  m.def("qlora_linear_backward", &lora_kernels::qlora_linear_backward, no_gil);
-  // hooks on saved tensors are Python code, whose exceptions must come through
-  m.def("qlora_linear_autograd", torch::wrap_pybind_function_no_gil(&lora_kernels::qlora_linear_autograd));
-  m.def("codebook", &codebook, "float32 [16], the value of each 4-bit index");
-  m.def("cpu_level", [] { return std::string(cpu::kernels().name); }, "the instruction-set level in use");
-  m.def("cpu_levels", &cpu_levels, "levels this CPU supports, best first");
-  m.def("build_info", &build_info);
-#ifdef LORA_KERNELS_CUDA
-  m.def("cuda_problem", &cuda::problem, "why the CUDA runtime finds no device, or an empty string");
-#endif
-}

@@ -14,7 +14,6 @@
 #include <cmath>
 #include <vector>
 
-#include "../codebooks.h"
 #include "../ops.h"
 #include "kernels.h"
 #include "parallel.h"
@@ -37,7 +36,7 @@ inline int64_t panel_bytes() {
 }
 
 // Below this many multiplications a second thread costs more than it does.
-inline int64_t threads_for(int64_t M, int64_t numel) { return (M + 8) * numel < (2 << 20) ? 1 : num_threads(); }
+inline int64_t threads_for(int64_t M, int64_t numel) { return (M + 8) * numel < (2 << 20) ? 1 : torch::num_threads(); }
 
 inline bool multiplies_bf16() { return kernels().bf16.tile; }
 
@@ -128,7 +127,8 @@ struct Product {
       s.load_row(gemm, row + i, n, dst);
     }
   }
-  // Its steps from `step` on, of all `steps`.
+  // What `pack_tile` wrote at `data`, a tile of `steps` steps, as an operand that begins at `step`.  A row-major tile has its
+  // rows one after the other, the other kind its steps.
   Strided packed_tile(const uint32_t* data, int rows, int64_t steps, int64_t step) const {
     return gemm.row_major ? Strided{data + step, steps, 1} : Strided{data + step * rows, 1, rows};
   }
@@ -185,7 +185,6 @@ class WeightPanels : public Right {
       : w_(w),
         absmax_(absmax),
         product_(product),
-        codebook_(w.quant_type == QuantType::nf4 ? NF4 : FP4),
         shift_(w.shift()),
         transposed_(transposed),
         direct_(product.gemm.decode_rows && w.K % 32 == 0) {
@@ -209,7 +208,7 @@ class WeightPanels : public Right {
       const int64_t n = n0 + group * GROUP;
       const int rows = static_cast<int>(std::clamp<int64_t>(w_.N - n, 0, GROUP));
       if (direct_ && rows == GROUP) {
-        g.decode_rows(w_.packed, codebook_, absmax_, shift_, w_.K, n, k0, k1, panel.at(group, step), panel.width);
+        g.decode_rows(w_.packed, w_.format->code, absmax_, shift_, w_.K, n, k0, k1, panel.at(group, step), panel.width);
         continue;
       }
       alignas(64) float buffer[GROUP * CHUNK];
@@ -226,7 +225,7 @@ class WeightPanels : public Right {
     const Gemm& g = product_.gemm;
     const int64_t columns = std::min<int64_t>(COLUMNS, w_.K - k0), size = itemsize(product_.type);
     if (direct_)
-      return g.decode_columns(w_.packed, codebook_, absmax_, shift_, w_.K, n0, n1, k0, static_cast<int>(columns),
+      return g.decode_columns(w_.packed, w_.format->code, absmax_, shift_, w_.K, n0, n1, k0, static_cast<int>(columns),
                               panel.at(0, step), panel.width);
     constexpr int64_t R = 32;
     alignas(64) float buffer[R * COLUMNS];
@@ -240,13 +239,12 @@ class WeightPanels : public Right {
   }
 
   void elements(int64_t begin, int64_t n, void* out) const {
-    decode_(w_.packed, codebook_, absmax_, shift_, begin, begin + n, out);
+    decode_(w_.packed, w_.format->code, absmax_, shift_, begin, begin + n, out);
   }
 
   const Weight& w_;
   const float* absmax_;
   const Product& product_;
-  const float* codebook_;
   const int shift_;
   bool transposed_, direct_;
   void (*decode_)(const uint8_t*, const float*, const float*, int, int64_t, int64_t, void*);

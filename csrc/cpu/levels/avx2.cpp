@@ -1,8 +1,10 @@
 // Level "avx2": AVX2, FMA and F16C.
 #include <immintrin.h>
 
-#include "convert.h"
-#include "gemm_impl.h"
+#include "../convert.h"
+#include "../loops/dots.h"
+#include "../loops/tiles.h"
+#include "../loops/weight.h"
 
 namespace lora_kernels::cpu {
 namespace {
@@ -226,14 +228,6 @@ void transpose_8x8(const void* src, int64_t ld, int rows, int64_t n, uint32_t* d
   transpose_f32(s + r * ld, ld, rows - r, n, dst + r, ld_dst);
 }
 
-}  // namespace
-}  // namespace lora_kernels::cpu
-
-#include "dots_impl.h"
-
-namespace lora_kernels::cpu {
-namespace {
-
 template <class R>
 struct DotsF32 {
   using Math = MathF32;
@@ -254,10 +248,8 @@ struct DotsF32 {
 };
 
 }  // namespace
+
+constexpr Kernels avx2_kernels =
+    make_kernels<V, DotsF32>("avx2", make_gemm_f32<MathF32, DotsF32>(transpose_8x8, interleave_f32));
+
 }  // namespace lora_kernels::cpu
-
-#include "kernels_impl.h"
-
-namespace lora_kernels::cpu {
-const Kernels avx2_kernels = make_kernels("avx2", make_gemm_f32(transpose_8x8, interleave_f32), Gemm{}, dots<DotsF32<BF16>>);
-}

@@ -1,6 +1,8 @@
 // Level "portable": plain C++, any CPU.
-#include "convert.h"
-#include "gemm_impl.h"
+#include "../convert.h"
+#include "../loops/dots.h"
+#include "../loops/tiles.h"
+#include "../loops/weight.h"
 
 namespace lora_kernels::cpu {
 namespace {
@@ -100,14 +102,6 @@ struct MathF32 {
   static void store_own(void* out, int64_t i, F v) { store_f32(static_cast<float*>(out) + i, v); }
 };
 
-}  // namespace
-}  // namespace lora_kernels::cpu
-
-#include "dots_impl.h"
-
-namespace lora_kernels::cpu {
-namespace {
-
 template <class R>
 struct DotsF32 {
   using Math = MathF32;
@@ -134,11 +128,8 @@ struct DotsF32 {
 };
 
 }  // namespace
+
+constexpr Kernels portable_kernels =
+    make_kernels<V, DotsF32>("portable", make_gemm_f32<MathF32, DotsF32>(transpose_f32, interleave_f32));
+
 }  // namespace lora_kernels::cpu
-
-#include "kernels_impl.h"
-
-namespace lora_kernels::cpu {
-const Kernels portable_kernels =
-    make_kernels("portable", make_gemm_f32(transpose_f32, interleave_f32), Gemm{}, dots<DotsF32<BF16>>);
-}

@@ -1,26 +1,27 @@
-// The kernels of one instruction-set level, over a struct V that the including file defines in this anonymous namespace:
-//   V::abs_bits<D>(x, n)                        largest bit pattern of |x|, n % 32 == 0
+// The loops over a weight, and the tables of one instruction-set level, over a struct V that says how it works on a weight:
+//   V::template abs_bits<D>(x, n)                        largest bit pattern of |x|, n % 32 == 0
 //   V::Search(midpoints, order), .quantize32<D>(x, reciprocal, out16)
 //   V::Decoder<D, R>(codebook), .set(absmax), .store32(packed16, out)   values rounded to R, stored as D
-//   V::decode_absmax
-// and MathF32, DotsF32 (gemm_impl.h, dots_impl.h)
+//   V::Map(code2), .decode64(absmax_u8, absmax2, offset, out)           with AVX512-VBMI only
 #pragma once
-#include "../codebooks.h"
-#include "convert.h"
-#include "kernels.h"
+#include "../../formats.h"
+#include "../convert.h"
+#include "../kernels.h"
+#include "dots.h"
+#include "tiles.h"
 
 namespace lora_kernels::cpu {
 namespace {
 
-template <class D>
+template <class V, class D>
 bool quantize(const void* x_, int64_t b0, int64_t b1, int64_t blocksize, const float* midpoints, const uint8_t* order,
               uint8_t* packed, float* absmax) {
   const typename D::T* x = static_cast<const typename D::T*>(x_);
-  const V::Search search(midpoints, order);
+  const typename V::Search search(midpoints, order);
   uint32_t largest = 0;  // of integers, so that NaN counts as the largest
   for (int64_t b = b0; b < b1; b++) {
     const typename D::T* block = x + b * blocksize;
-    const uint32_t m = V::abs_bits<D>(block, blocksize);
+    const uint32_t m = V::template abs_bits<D>(block, blocksize);
     if (m > largest) largest = m;
     absmax[b] = from_bits(m);
     const float reciprocal = 1.0f / (absmax[b] > 1e-38f ? absmax[b] : 1e-38f);
@@ -30,7 +31,7 @@ bool quantize(const void* x_, int64_t b0, int64_t b1, int64_t blocksize, const f
   return largest < 0x7f800000;
 }
 
-template <class D, class R>
+template <class V, class D, class R>
 void decode(const uint8_t* packed, const float* codebook, const float* absmax, int shift, int64_t e0, int64_t e1, void* out_) {
   typename D::T* out = static_cast<typename D::T*>(out_);
   typename V::template Decoder<D, R> decoder(codebook);
@@ -57,12 +58,13 @@ void decode(const uint8_t* packed, const float* codebook, const float* absmax, i
   }
 }
 
+template <class V>
 void decode_absmax(const uint8_t* absmax_u8, const float* absmax2, const float* code2, float offset, int64_t i0, int64_t i1,
                    float* out) {
   int64_t i = i0;
 #ifdef __AVX512VBMI__
   if (i1 - i0 >= 128) {
-    const V::Map map(code2);
+    const typename V::Map map(code2);
     for (; i < i1 && (i & 63); i++) out[i - i0] = code2[absmax_u8[i]] * absmax2[i >> 8] + offset;
     for (; i + 64 <= i1; i += 64) map.decode64(absmax_u8 + i, absmax2[i >> 8], offset, out + (i - i0));
   }
@@ -105,47 +107,48 @@ void drop_f32(const float* value, uint64_t seed, uint64_t threshold, int64_t e0,
   }
 }
 
-// The float32 product of a level, which has its own ways to pack it.
+// The float32 product of a level: Math its vectors, Dots<R> how it decodes W rounded to R.
+template <class Math, template <class R> class Dots>
 constexpr Gemm make_gemm_f32(decltype(Gemm::transpose) transpose, decltype(Gemm::interleave) interleave) {
-  return {1,
-          MathF32::WIDTH,
-          ROWS,
-          1,
-          false,
-          convert_f32<MathF32>,
-          transpose,
-          interleave,
-          tile<MathF32>,
-          rank_tile<MathF32>,
-          scale_store<MathF32>,
-          rank_dots<MathF32, float, convert_f32<MathF32>>,
-          MathF32::DOTS,
-          DotsF32<F32>::STEP,
-          split<DotsF32<F32>>,
-          nullptr,
-          nullptr,
-          nullptr};
+  Gemm g{};
+  g.values = Math::VALUES;
+  g.width = Math::WIDTH;
+  g.rows = ROWS;
+  g.grain = 1;
+  g.row_major = false;
+  g.convert = convert_f32<Math>;
+  g.transpose = transpose;
+  g.interleave = interleave;
+  g.tile = tile<Math>;
+  g.rank_tile = rank_tile<Math>;
+  g.store = scale_store<Math>;
+  g.rank_dots = rank_dots<Math, float, convert_f32<Math>>;
+  g.few = Math::DOTS;
+  g.step = Dots<F32>::STEP;
+  g.split = split<Dots<F32>>;
+  return g;
 }
 
-constexpr Kernels make_kernels(const char* name, const Gemm& f32, const Gemm& bf16,
-                               void (*dots_bf16)(const Dots&, int64_t, int64_t)) {
-  return Kernels{name,
-                 f32,
-                 bf16,
-                 nullptr,
-                 quantize<F32>,
-                 quantize<F16>,
-                 quantize<BF16>,
-                 decode_absmax,
-                 decode<F32, F32>,
-                 decode<F16, F16>,
-                 decode<BF16, BF16>,
-                 decode<F32, F16>,
-                 decode<F32, BF16>,
-                 dots<DotsF32<F32>>,
-                 dots<DotsF32<F16>>,
-                 dots_bf16,
-                 drop_f32};
+// All kernels of a level but its bf16 product: without one, bf16 is multiplied in float32.
+template <class V, template <class R> class Dots>
+constexpr Kernels make_kernels(const char* name, const Gemm& f32) {
+  Kernels k{};
+  k.name = name;
+  k.f32 = f32;
+  k.quantize_f32 = quantize<V, F32>;
+  k.quantize_f16 = quantize<V, F16>;
+  k.quantize_bf16 = quantize<V, BF16>;
+  k.decode_absmax = decode_absmax<V>;
+  k.decode_f32 = decode<V, F32, F32>;
+  k.decode_f16 = decode<V, F16, F16>;
+  k.decode_bf16 = decode<V, BF16, BF16>;
+  k.decode_f16_as_f32 = decode<V, F32, F16>;
+  k.decode_bf16_as_f32 = decode<V, F32, BF16>;
+  k.dots_f32 = dots<Dots<F32>>;
+  k.dots_f16 = dots<Dots<F16>>;
+  k.dots_bf16 = dots<Dots<BF16>>;
+  k.drop_f32 = drop_f32;
+  return k;
 }
 
 }  // namespace

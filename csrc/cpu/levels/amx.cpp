@@ -1,23 +1,20 @@
 // Level "amx": level "avx512bf16" with the tiles of oneDNN's brgemm, which use AMX where the CPU has it.
 #ifdef LORA_KERNELS_X86
-#include <ATen/Context.h>
-#include <ATen/native/CPUBlas.h>
+#include <exception>
 
-#include "cpu/kernels.h"
+#include "../from_torch.h"
+#include "../kernels.h"
 
 namespace lora_kernels::cpu {
 
 namespace {
 
-namespace library = at::native::cpublas;
-
 const Gemm& own = avx512bf16_kernels.bf16;
 
 // left [rows, steps] x right [steps][columns] -> sums [rows, columns], or added to them
 void brgemm(int rows, const LeftPart& left, const uint32_t* right, int columns, bool add, float* sums) {
-  const auto* a = reinterpret_cast<const at::BFloat16*>(left.left.data);
-  const auto* b = reinterpret_cast<const at::BFloat16*>(right);
-  library::brgemm(rows, columns, 2 * left.steps, 2 * left.left.row, columns, columns, add, a, b, sums);
+  torch::brgemm(rows, columns, 2 * left.steps, 2 * left.left.row, add, reinterpret_cast<const uint16_t*>(left.left.data), right,
+                sums);
 }
 
 // Of a product of bf16 the outputs are bf16.
@@ -46,7 +43,7 @@ void rank_tile(int rows, const LeftPart& left, const uint32_t* right, int column
 }
 
 // brgemm keeps a kernel for every shape, and the tile registers as the last one needs them.
-void release() { library::brgemm_release(); }
+void release() { torch::brgemm_release(); }
 
 Gemm make_gemm() {
   Gemm g = own;
@@ -61,7 +58,7 @@ Gemm make_gemm() {
 
 const Gemm* enabled() {
   static const Gemm gemm = make_gemm();
-  return at::globalContext().userEnabledMkldnn() ? &gemm : nullptr;
+  return torch::onednn_enabled() ? &gemm : nullptr;
 }
 
 // Only a call tells: torch may have been built without it.
@@ -79,7 +76,7 @@ bool works() {
 
 }  // namespace
 
-bool has_amx() { return library::could_pack(at::kBFloat16); }
+bool has_amx() { return torch::brgemm_uses_amx(); }
 
 const Kernels* amx_kernels() {
   static const bool available = works();

@@ -1,12 +1,15 @@
 // The product of a few rows of x with rows of W that are decoded as they come, over a struct S that says how a level decodes:
-//   S::Math, S::Value                 how it multiplies (gemm_impl.h), and what
-//   Math::DIRECT, Math::DOTS          rows of x for which W is decoded in registers only, again for each tile; at most
+//   S::Math, S::Value                 how it multiplies (tiles.h), and what; of Math also:
+//   Math::DIRECT                      rows of x up to which W is decoded in registers only, again for each tile
+//   Math::DOTS                        rows of x up to which this is faster than the packed product
+//   Math::NR                          rows of W in a tile
+//   Math::fma, Math::sum_each         a b + c; the sums of NR vectors, in the first NR lanes
 //   S::STEP                           weights that a table serves, 64 or 128: the last step of a row may be half
 //   S::SPAN, S::WAYS                  weights that WAYS vectors hold: the i-th every WAYS-th of them, from the i-th on
 //   S::Code(codebook), S::table(code, absmax of 64 weights, of the next 64)
 //   S::decode<HALF>(packed, table, i) the i-th of these vectors
 #pragma once
-#include "gemm_impl.h"
+#include "tiles.h"
 
 namespace lora_kernels::cpu {
 namespace {
@@ -34,7 +37,7 @@ struct Steps {
 // totals [rows, M, LANES] = or += rows of `right` [rows, BLOCK] by rows of x, `length` values of each.
 template <class Math, int MR, class Value>
 inline void dot_tile(const Steps<Value>& x, int m0, const Value* right, int64_t length, bool first, float* totals, int M) {
-  constexpr int L = Math::LANES, NR = MathF32::NR, LENGTH = L * Math::VALUES;
+  constexpr int L = Math::LANES, NR = Math::NR, LENGTH = L * Math::VALUES;
   typename Math::F sums[NR][MR];
 #pragma GCC unroll 4
   for (int j = 0; j < NR; j++)
@@ -65,7 +68,7 @@ inline void dot_tile(const Steps<Value>& x, int m0, const Value* right, int64_t 
 // All rows of x; `rows` of `right`, a multiple of NR.
 template <class Math, class Value>
 void dot_block(const Steps<Value>& x, int M, const Value* right, int rows, int64_t length, bool first, float* totals) {
-  constexpr int L = Math::LANES, NR = MathF32::NR;
+  constexpr int L = Math::LANES, NR = Math::NR;
   for (int m = 0; m < M; m += TILE)
     for (int j = 0; j < rows; j += NR) {
       const Value* w = right + j * BLOCK;
@@ -91,7 +94,7 @@ class DotRows {
   using Math = typename S::Math;
   using F = typename Math::F;
   using Value = typename S::Value;
-  static constexpr int L = Math::LANES, NR = MathF32::NR, STEP = S::STEP, SPAN = S::SPAN, WAYS = S::WAYS;
+  static constexpr int L = Math::LANES, NR = Math::NR, STEP = S::STEP, SPAN = S::SPAN, WAYS = S::WAYS;
   template <bool V>
   struct Bool {
     static constexpr bool value = V;
@@ -264,7 +267,7 @@ class DotRows {
     const int rows = static_cast<int>(n1_ - n < NR ? n1_ - n : NR);
     F out = Math::sum_each(s);
     if (d_.bias) out = Math::add(out, Math::load_some(d_.bias + n - n0_, rows));
-    store<MathF32>(d_.dtype, d_.y, m * d_.N + n, out, rows);
+    store<Math>(d_.dtype, d_.y, m * d_.N + n, out, rows);
   }
 
   static typename Math::X load(const Value* p) { return Math::right(reinterpret_cast<const uint32_t*>(p)); }
@@ -297,7 +300,7 @@ void split(const void* x, int64_t n, void* dst, int64_t step_to_step) {
 
 template <class Math, class Value, void (*convert)(DType, const void*, int64_t, void*)>
 void rank_dots(const void* x_, int M, int64_t K, DType dtype, const void* a_, int rows, float* out) {
-  constexpr int L = Math::LANES, NR = MathF32::NR;
+  constexpr int L = Math::LANES, NR = Math::NR;
   static_assert(RANKS % NR == 0);
   alignas(64) Value converted[RANKS * BLOCK];
   alignas(64) float totals[RANKS * MAX_DOTS * L];
@@ -320,7 +323,7 @@ void rank_dots(const void* x_, int M, int64_t K, DType dtype, const void* a_, in
       typename Math::F s[NR];
 #pragma GCC unroll 4
       for (int i = 0; i < NR; i++) s[i] = Math::load_f32(totals + ((j + i) * M + m) * L);
-      store<MathF32>(DType::f32, out, m * RANKS + j, Math::sum_each(s), NR);
+      store<Math>(DType::f32, out, m * RANKS + j, Math::sum_each(s), NR);
     }
 }
 

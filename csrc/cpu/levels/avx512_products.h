@@ -1,6 +1,10 @@
-// The packed float32 product of the AVX-512 levels.  Included by avx512_impl.h.
+// The float32 products of the levels "avx512" and "avx512bf16".
 #pragma once
-#include "gemm_impl.h"
+#include <immintrin.h>
+
+#include "../loops/dots.h"
+#include "../loops/tiles.h"
+#include "avx512_weight.h"
 
 namespace lora_kernels::cpu {
 namespace {
@@ -115,14 +119,6 @@ void interleave_wide(const void* src, int64_t ld, int64_t rows, int columns, uin
     for (int g = 0; g * GROUP < columns; g++)
       _mm512_storeu_ps(dst + g * group_stride, _mm512_maskz_loadu_ps(mask16(columns - g * GROUP), s + g * GROUP));
 }
-
-}  // namespace
-}  // namespace lora_kernels::cpu
-
-#include "dots_impl.h"
-
-namespace lora_kernels::cpu {
-namespace {
 
 template <class R>
 struct DotsF32 {
