@@ -56,7 +56,7 @@ bench: $(VENV)/.installed
 # On a GPU machine, in the Python that has its torch and Triton.  A failed test does not keep the suites from running: they
 # refuse what is wrong on their own.  Results are files under bench/results/, the table of all suites and targets comes last.
 gpu:
-	status=0; $(PYTHON) -m pytest -q tests/backends/test_gpu.py tests/backends/test_triton.py || status=$$?; \
+	status=0; $(PYTHON) -m pytest -q tests/backends/test_gpu.py tests/backends/test_triton*.py || status=$$?; \
 	$(PYTHON) -m bench run all --device cuda --minutes 5.5 --save || status=$$?; exit $$status
 
 lint: $(VENV)/.installed

@@ -28,7 +28,7 @@ from .report.plot import draw
 from .suite import OURS, run_suite, write_json, write_text, wrong_lines
 from .suites import memory
 from .suites.catalogue import GPU_ORDER, GRID, SUITES, effort_of, lines_of
-from .tools import compile_check, profile_op, resources, tune
+from .tools import compile_check, profile_op, tune
 
 warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 app = typer.Typer(help="Benchmarks of lora_kernels, side by side with what one would use instead.", no_args_is_help=True)
@@ -256,12 +256,11 @@ def check_triton(
     recorded.  Needs no GPU."""
     console = make_console()
     try:
-        bad = compile_check.check([*(arch or []), *(more or [])] or [80, 90, 100], only, console, record)
+        archs = [*(arch or []), *(more or [])] or list(compile_check.TRITON_ARCHS)
+        bad = compile_check.check_triton(archs, only, console, record)
     except (RuntimeError, ValueError) as e:
         fail(str(e))
-    console.print(f"{compile_check.versions()}: " + (f"[red]{bad} kernels are not as they should be" if bad else "all ok"))
-    if bad:
-        raise typer.Exit(1)
+    verdict(console, compile_check.triton_version(), bad)
 
 
 @app.command("resources")
@@ -270,12 +269,18 @@ def check_cuda(
     more: Annotated[list[int] | None, typer.Argument(help="further ones, so that --arch 80 90 works")] = None,
     only: Annotated[str, typer.Option(help="sources whose name contains this text")] = "",
 ) -> None:
-    """Compiles every CUDA kernel with nvcc; exit code 1 on a spill or a missing matrix instruction.  Needs no GPU."""
+    """The same for every kernel in CUDA C++, with nvcc; exit code 1 on a spill or a lost matrix instruction.  Needs no GPU."""
     console = make_console()
     try:
-        bad = resources.check([*(arch or []), *(more or [])] or list(resources.ARCHS), only, console)
+        archs = [*(arch or []), *(more or [])] or list(compile_check.CUDA_ARCHS)
+        bad = compile_check.check_cuda(archs, only, console)
     except RuntimeError as e:
         fail(str(e))
-    console.print(f"{resources.version()}: " + (f"[red]{bad} kernels are not as they should be" if bad else "all ok"))
+    verdict(console, compile_check.cuda_version(), bad)
+
+
+def verdict(console: Console, compilers: str, bad: int) -> None:
+    """The last line of a check; ends the program with exit code 1 where kernels are bad."""
+    console.print(f"{compilers}: " + (f"[red]{bad} kernels are not as they should be" if bad else "all ok"))
     if bad:
         raise typer.Exit(1)

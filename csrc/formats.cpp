@@ -20,7 +20,7 @@ struct Entry {
 std::atomic<const Entry*> newest{nullptr};
 std::mutex defining;
 
-const Format* find(const std::string& name) {
+const Format* find(const char* name) {
   for (const Entry* e = newest.load(std::memory_order_acquire); e; e = e->next)
     if (e->name == name) return &e->format;
   return nullptr;
@@ -36,8 +36,7 @@ std::string known() {
 }  // namespace
 
 const Format& format_of(const char* name) {
-  for (const Entry* e = newest.load(std::memory_order_acquire); e; e = e->next)
-    if (e->name == name) return e->format;
+  if (const Format* found = find(name)) return *found;
   throw std::invalid_argument("quant_type must be one of " + known() + ", got '" + name + "'");
 }
 
@@ -71,9 +70,8 @@ void define_format(const char* name, const float* code, const uint8_t* order, co
     if (!same) refuse("is defined already, with other values");
     return;
   }
-  auto* entry = new Entry{format, name, newest.load(std::memory_order_relaxed)};  // never deleted: weights point to it
-  entry->format.name = entry->name.c_str();
-  newest.store(entry, std::memory_order_release);
+  // never deleted: weights point to it
+  newest.store(new Entry{format, name, newest.load(std::memory_order_relaxed)}, std::memory_order_release);
 }
 
 }  // namespace lora_kernels

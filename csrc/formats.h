@@ -11,7 +11,6 @@ struct Format {
   float midpoints[15];         // between neighbouring values, ascending
   uint8_t order[16];           // the indices by ascending value: an element is written as order[midpoints below it]
   uint32_t blocksizes;         // those accepted, all powers of two: their sum
-  const char* name;
 };
 
 constexpr int64_t MIN_BLOCKSIZE = 32, MAX_BLOCKSIZE = 4096;  // that the kernels can compute with

@@ -19,6 +19,7 @@ from lora_kernels import backends
 from lora_kernels.backends import native
 
 HERE = Path(__file__).parent
+pytest_plugins = ["emulators.interpreted"]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Processes that a test starts find this checkout and helpers.py, whatever is installed and wherever they run.
 os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -78,7 +79,7 @@ def seed(request: pytest.FixtureRequest) -> int:
 
 
 INTERPRETED = ("triton",) if os.environ.get("TRITON_INTERPRET") == "1" else ()
-"""On a CPU Triton runs in its interpreter only: tests/backends/test_triton.py sees to that."""
+"""On a CPU Triton runs in its interpreter only: tests/emulators/interpreted.py sees to that."""
 
 
 @pytest.fixture(params=(*INTERPRETED, *backends.ORDER["cpu"]))

@@ -84,11 +84,11 @@ class Problem:
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
-        """M, N, K and r as the op asks for its setting."""
+        """M, N, K and r as in `settings.Problem`."""
         c = self.case
         return {
-            "dequantize": (0, 1, c.N * c.K, 0),
-            "decode_absmax": (0, 1, c.N * c.K // c.blocksize, 0),
+            "dequantize": (0, 0, c.N * c.K, 0),
+            "decode_absmax": (0, 0, c.N * c.K // c.blocksize, 0),
             "project": (c.M, 0, c.K, c.r),
             "expand": (c.M, c.N, 0, c.r),
             "read_once": (c.M, c.N, 0, c.r),
@@ -152,15 +152,15 @@ class Bench:
     def run(self, i: int) -> torch.Tensor:
         x, qw = self.inputs, self.weights[i % len(self.weights)]
         ops, s = torch.ops.lora_kernels, self.inputs.case.scaling
-        adapter = triton_module("adapter")
+        low_rank = triton_module("low_rank")
         if self.op == "decode_absmax":
             return lk.decode_absmax(qw)
         if self.op == "project":
-            return adapter.project(x.x, x.lora_A, 0.0, None)
+            return low_rank.project(x.x, x.lora_A, 0.0, None)
         if self.op == "expand":
-            return adapter.expand(self.h, x.lora_B, True, s, None, 0.0, None)
+            return low_rank.expand(self.h, x.lora_B, True, s, None, 0.0, None)
         if self.op == "read_once":
-            g, dB, _ = adapter.read_dy(x.dy, self.h, x.lora_B, s, True, True, False)
+            g, dB, _ = low_rank.read_dy(x.dy, self.h, x.lora_B, s, True, True, False)
             return torch.cat([g.float(), dB])
         if self.op == "dequantize":
             return lk.dequantize(qw, torch.bfloat16)
@@ -172,7 +172,7 @@ class Bench:
     def graph(self, config: Any) -> Graph | None:
         """None if the setting does not compile, does not fit or is wrong."""
         if config not in self.graphs:
-            with triton_module("launch").forcing(**{self.op: config}):
+            with triton_module("settings").forcing(**{self.op: config}):
                 try:
                     right = relative_error(self.run(0), self.expected) < TOLERANCE
                     self.graphs[config] = Graph(self.run, len(self.weights)) if right else None
@@ -190,10 +190,10 @@ class Bench:
         return ratio(times["b"], times["a"]).median > MARGIN
 
 
-def starts(problem: Problem, arch: int) -> list[Any]:
-    """The shipped setting, and for the linear ops the floor of every other path."""
+def starts(problem: Problem, gpu: Any) -> list[Any]:
+    """The shipped setting on a `settings.Gpu`, and for the linear ops the floor of every other path."""
     settings, case = triton_module("settings"), problem.case
-    shipped = settings.pick_config(problem.op, *problem.sizes, arch)
+    shipped = settings.pick_config(settings.Problem(problem.op, *problem.sizes), gpu)
     if not shipped.path:
         return [shipped]
     others = [settings.Config("panel")]
@@ -201,16 +201,14 @@ def starts(problem: Problem, arch: int) -> list[Any]:
     if problem.op == "qlora_linear" and case.M <= 64:
         block_m = 16 if case.M <= 16 else 32 if case.M <= 32 else 64
         others.append(settings.Config("small", block_m, 64, 128 if case.K >= 128 else 32, warps=4))
-    if problem.op == "qlora_linear" and arch == 90 and case.M > 64:
+    if problem.op == "qlora_linear" and gpu.arch == 90 and case.M > 64:
         others.append(settings.Config("gluon", 128 if case.M <= 128 else 256, 128, 64, warps=8, stages=4))
     return [shipped, *(c for c in others if c.path != shipped.path)]
 
 
 def tune(device: torch.device, quick: bool, only: str, path: Path | None, console: Console) -> Path:
     """Searches every problem and writes the table."""
-    major, minor = torch.cuda.get_device_capability(device)
-    arch = major * 10 + minor
-    settings = triton_module("settings")
+    settings, gpu = triton_module("settings"), triton_module("launch").current_gpu(device)
     env = environment(device)
     if env["backend"] != "triton":
         raise RuntimeError(f"on {device} ops run on the backend {env['backend']}, not on triton: there is nothing to tune")
@@ -219,17 +217,17 @@ def tune(device: torch.device, quick: bool, only: str, path: Path | None, consol
         if only not in problem.op:
             continue
         bench = Bench(problem, device)
-        found = starts(problem, arch)
+        found = starts(problem, gpu)
         best = search(found, problem.op, bench.faster)
         default = asdict(settings.Config())
         config = {k: v for k, v in asdict(best).items() if v != default[k]}
         entries.append({"op": problem.op, **dict(zip("MNKr", problem.sizes, strict=True)), "config": config})
         gain = "kept" if best == found[0] else f"{found[0]} -> {best}"
         console.print(f"{problem.op} M, N, K, r = {problem.sizes}: {gain}", highlight=False)
-    path = path or triton_module("tables").file_of(str(env["device"]))
+    path = path or triton_module("settings.tables").file_of(str(env["device"]))
     rows = ",\n".join("  " + json.dumps(e) for e in entries)
     head = json.dumps(
-        {"device": env["device"], "arch": arch, "versions": env["versions"], "commit": env["commit"], "date": env["date"]}
+        {"device": env["device"], "arch": gpu.arch, "versions": env["versions"], "commit": env["commit"], "date": env["date"]}
     )
     write_text(path, f'{{"machine": {head},\n "entries": [\n{rows}\n]}}\n')
     return path

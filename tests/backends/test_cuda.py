@@ -17,7 +17,7 @@ from helpers import FLOATS, assert_same_bits, random_weight
 from rich.console import Console
 
 import lora_kernels as lk
-from bench.tools import resources
+from bench.tools import compile_check, sass
 from lora_kernels import testing
 from lora_kernels.backends import native, reference
 from lora_kernels.formats import BLOCKSIZES, DYNAMIC_MAP, codebook
@@ -225,20 +225,21 @@ def test_breaches():
     """What a kernel must not have, and must."""
 
     def kernel(name: str, arch: int = 80, stack: int = 0, spills: int = 0, **instructions: int) -> list[str]:
-        return resources.Kernel(name, arch, 32, stack, spills, 0, Counter(FADD=1, **instructions)).breaches()
+        compiled = sass.Compiled(arch, 32, stack, spills, 0, Counter(FADD=1, **instructions))
+        return [*compiled.breaches(), *filter(None, [compile_check.cuda_lost_matrix(name, compiled)])]
 
     assert kernel("dequantize_kernel<float>") == []
-    assert kernel("dequantize_kernel<float>", stack=8, spills=16) == ["16 bytes of spills", "8 bytes of stack"]
+    assert kernel("dequantize_kernel<float>", stack=8, spills=16) == ["16 spills", "8 bytes of stack"]
     assert kernel("product_kernel<__half>", HMMA=4) == kernel("product_kernel<__nv_bfloat16>", HMMA=4) == []
     assert kernel("product_kernel<__half>", 75) == kernel("product_kernel<__nv_bfloat16>") == ["no matrix instruction"]
     assert kernel("product_kernel<float>") == kernel("product_kernel<__nv_bfloat16>", 75) == []
 
 
-if resources.tool("nvcc"):
+if sass.tool("nvcc"):
 
     def test_nvcc_compiles_without_spills():
         console = Console(file=io.StringIO(), width=200)
-        assert resources.check([80], "", console) == 0, console.file.getvalue()
+        assert compile_check.check_cuda([80], "", console) == 0, console.file.getvalue()
 
     @pytest.mark.parametrize("archs", ["80 33", "sm_80"])
     def test_unknown_architecture_is_refused(archs):

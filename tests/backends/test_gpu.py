@@ -11,10 +11,11 @@ from helpers import HANG, assert_same_bits, run_ops
 
 import lora_kernels as lk
 from lora_kernels.backends import reference, triton
-from lora_kernels.backends.triton.launch import forcing
-from lora_kernels.backends.triton.qlora_linear import linear_config
-from lora_kernels.backends.triton.settings import MAX_PANEL_BYTES, Config
+from lora_kernels.backends.triton.launch import config_of
+from lora_kernels.backends.triton.settings import MAX_PANEL_BYTES, Config, forcing
+from lora_kernels.backends.triton.weights import linear_problem
 from lora_kernels.formats import BLOCKSIZES
+from lora_kernels.layer import Layer
 from lora_kernels.testing import Case, assert_close_to_oracle, make_inputs, relative_error
 
 DEVICE = torch.device("cuda")
@@ -88,7 +89,8 @@ def test_gluon(case, block_m, seed):
     """Alike on every run, too: a buffer that is written while the tensor cores read it would show as other bits."""
     inputs = make_inputs(case, seed, DEVICE)
     with forcing(qlora_linear=Config("gluon", block_m, 128, 64, warps=8, stages=4)):
-        assert linear_config(inputs.x, inputs.qw, case.r).path == "gluon"
+        layer = Layer.of(inputs.qw, inputs.lora_A, inputs.lora_B)
+        assert config_of(linear_problem("qlora_linear", inputs.x, layer), DEVICE).path == "gluon"
         first = run_ops(inputs)
         assert_close_to_oracle(first, inputs)
         for _ in range(100):
@@ -172,12 +174,12 @@ def test_group(rows, dropout, seed):
     cases = [Case(rows, n, 1024, r=r, dtype=BF16, dropout=dropout) for n, r in ((1024, 16), (256, 8))]
     inputs = [make_inputs(case, seed + i, DEVICE) for i, case in enumerate(cases)]
     x, dys = inputs[0].x, [i.dy for i in inputs]
-    layers = [(i.qw, i.lora_A, i.lora_B, i.case.scaling, None, dropout, i.seed) for i in inputs]
+    layers = [Layer.of(i.qw, i.lora_A, i.lora_B, i.case.scaling, None, dropout, i.seed) for i in inputs]
     needs = [(True, True, False)] * 2
-    ys, hs = triton.qlora_linear_group(x, layers)
-    dx, dAs, dBs, _ = triton.qlora_linear_group_backward(dys, x, hs, layers, True, needs)
-    want_ys, want_hs = reference.qlora_linear_group(x, layers)
-    want_dx, want_dAs, want_dBs, _ = reference.qlora_linear_group_backward(dys, x, want_hs, layers, True, needs)
+    ys, hs = triton.qlora_linear(x, layers)
+    dx, dAs, dBs, _ = triton.qlora_linear_backward(dys, x, hs, layers, True, needs)
+    want_ys, want_hs = reference.qlora_linear(x, layers)
+    want_dx, want_dAs, want_dBs, _ = reference.qlora_linear_backward(dys, x, want_hs, layers, True, needs)
     for got, want in zip([dx, *ys, *hs, *dAs, *dBs], [want_dx, *want_ys, *want_hs, *want_dAs, *want_dBs], strict=True):
         assert relative_error(got, want) < 4 * torch.finfo(BF16).eps
 

@@ -10,7 +10,8 @@ from triton.runtime.driver import driver
 
 from lora_kernels.backends import triton
 from lora_kernels.backends.triton import launch
-from lora_kernels.backends.triton.settings import Config
+from lora_kernels.backends.triton.settings import Config, forcing
+from lora_kernels.layer import Layer
 from lora_kernels.testing import Case, make_inputs
 
 calls: list[tuple] = []
@@ -60,20 +61,24 @@ def odd(t: torch.Tensor) -> torch.Tensor:
     return torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape)
 
 
+def linear(x: torch.Tensor, scaling: float = 2.0, bias: torch.Tensor | None = None) -> object:
+    return triton.qlora_linear(x, [Layer.of(qw, A, B, scaling, bias)])
+
+
 def gluon(x: torch.Tensor) -> object:
-    with launch.forcing(qlora_linear=Config("gluon", 128, 128, 64, warps=8)):
-        return triton.qlora_linear(x, qw, A, B, 2.0, None, 0.0, None)
+    with forcing(qlora_linear=Config("gluon", 128, 128, 64, warps=8)):
+        return linear(x)
 
 
 inputs = make_inputs(Case(3, 128, 256, r=16, dtype=torch.bfloat16))
 qw, A, B = inputs.qw, inputs.lora_A, inputs.lora_B
 variants = {
-    "as it is": lambda: triton.qlora_linear(inputs.x, qw, A, B, 2.0, None, 0.0, None),
-    "other rows": lambda: triton.qlora_linear(inputs.x[:1], qw, A, B, 2.0, None, 0.0, None),
-    "other scaling": lambda: triton.qlora_linear(inputs.x, qw, A, B, 0.5, None, 0.0, None),
-    "x off alignment": lambda: triton.qlora_linear(odd(inputs.x), qw, A, B, 2.0, None, 0.0, None),
-    "float16": lambda: triton.qlora_linear(inputs.x.half(), qw, A, B, 2.0, None, 0.0, None),
-    "bias": lambda: triton.qlora_linear(inputs.x, qw, A, B, 2.0, B[:, 0].contiguous(), 0.0, None),
+    "as it is": lambda: linear(inputs.x),
+    "other rows": lambda: linear(inputs.x[:1]),
+    "other scaling": lambda: linear(inputs.x, 0.5),
+    "x off alignment": lambda: linear(odd(inputs.x)),
+    "float16": lambda: linear(inputs.x.half()),
+    "bias": lambda: linear(inputs.x, bias=B[:, 0].contiguous()),
     "gluon": lambda: gluon(inputs.x),
     "dequantize": lambda: triton.dequantize(qw, torch.bfloat16),
 }

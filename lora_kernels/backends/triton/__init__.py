@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from typing import Any
 
 import torch
 
@@ -19,28 +18,10 @@ MINIMUM_CAPABILITY = (8, 0)
 if importlib.util.find_spec("triton") is not None:
     from .decode_absmax import decode_absmax
     from .dequantize import dequantize
-    from .qlora_linear_group import qlora_linear_group, qlora_linear_group_backward
+    from .qlora_linear import qlora_linear, qlora_linear_backward
     from .quantize import quantize
 
-    def _old(layers: Any) -> Any:
-        return [(one.weight, one.lora_A, one.lora_B, one.scaling, one.bias, one.dropout_p, one.seed) for one in layers]
-
-    def qlora_linear(x: Any, layers: Any) -> Any:
-        return qlora_linear_group(x, _old(layers))
-
-    def qlora_linear_backward(dys: Any, x: Any, hs: Any, layers: Any, need_dx: Any, needs: Any) -> Any:
-        return qlora_linear_group_backward(dys, x, hs, _old(layers), need_dx, needs)
-
-    __all__ = [
-        "decode_absmax",
-        "dequantize",
-        "qlora_linear",
-        "qlora_linear_backward",
-        "qlora_linear_group",
-        "qlora_linear_group_backward",
-        "quantize",
-        "unavailable",
-    ]
+    __all__ = ["decode_absmax", "dequantize", "qlora_linear", "qlora_linear_backward", "quantize", "unavailable"]
 else:
     __all__ = ["unavailable"]
 

@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import cdiv, config_of, has_ptx, launch, on
+from .launch import config_of, has_ptx, launch, on
+from .settings import Problem, cdiv
 from .tiles import load_absmax
 
 
@@ -21,15 +22,10 @@ def decode_scales(absmax, code2, absmax2, offset, out, count, BLOCK: tl.constexp
 
 
 def decode_absmax(absmax: Tensor, absmax2: Tensor, code2: Tensor, offset: Tensor) -> Tensor:
+    """uint8 `[n_blocks]` -> float32 `[n_blocks]`."""
     out = torch.empty_like(absmax, dtype=torch.float32)
-    config = config_of("decode_absmax", 0, 1, absmax.numel(), 0, absmax.device)
+    config = config_of(Problem("decode_absmax", K=absmax.numel()), absmax.device)
     with on(absmax.device):
-        flags = {"BLOCK": config.block_n, "PTX": has_ptx()}
-        launch(
-            decode_scales,
-            (cdiv(out.numel(), config.block_n),),
-            (absmax, code2, absmax2, offset, out, out.numel()),
-            flags,
-            config,
-        )
+        grid, args = (cdiv(out.numel(), config.block_n),), (absmax, code2, absmax2, offset, out, out.numel())
+        launch(decode_scales, grid, args, {"BLOCK": config.block_n, "PTX": has_ptx()}, config)
     return out

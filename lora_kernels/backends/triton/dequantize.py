@@ -10,8 +10,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ...formats import QuantizedWeight
-from .launch import cdiv, config_of, constant, group_of, has_ptx, launch, on, weight_args, weight_meta
+from .launch import config_of, has_ptx, launch, on
+from .settings import MAX_PANEL_BYTES, Problem, cdiv
 from .tiles import cast, decode, load_absmax
+from .weights import Weight, constant, group_of, weight_args, weight_meta
 
 
 @triton.jit
@@ -32,7 +34,7 @@ def dequantize_groups(
     SHIFT: tl.constexpr,
     STRIP: tl.constexpr,
     NESTED: tl.constexpr,
-    NF4: tl.constexpr,
+    TABLE: tl.constexpr,
     PTX: tl.constexpr,
 ):
     """`count` groups of GROUP elements from group `first` on, a thread decoding 16 bytes; STRIP: the first `cols` groups of
@@ -47,7 +49,7 @@ def dequantize_groups(
     W: tl.constexpr = GROUP // 8
     q = tl.load(words + group[:, None].to(tl.int64) * W + tl.arange(0, W)[None, :])
     s = load_absmax(absmax, code2, absmax2, offset, group >> 31, group >> SHIFT, NESTED, PTX)[:, None]
-    w = decode(q, s, lut, N_GROUPS, W, out.dtype.element_ty, NF4, PTX)
+    w = decode(q, s, lut, N_GROUPS, W, out.dtype.element_ty, TABLE)
     tl.store(out + e[:, None].to(tl.int64) * GROUP + tl.arange(0, GROUP)[None, :], w, mask=inside[:, None])
 
 
@@ -89,31 +91,41 @@ def dequantize(qw: QuantizedWeight, dtype: torch.dtype) -> Tensor:
     return out
 
 
-def decode_panel(qw: QuantizedWeight, rows: range, cols: range, panel: Tensor) -> Tensor:
+def decode_panel(w: Weight, rows: range, cols: range, panel: Tensor) -> Tensor:
     """`W[rows, cols]` of a weight `[N, K]`, contiguous, at the start of the flat buffer `panel` and in its dtype."""
-    K = qw.shape[1]
+    K = w.shape[1]
     out = panel[: len(rows) * len(cols)].view(len(rows), len(cols))
     first = rows.start * K + cols.start
     if len(cols) == K:
-        _launch(qw, out, first, out.numel(), out.numel())
+        _launch(w, out, first, out.numel(), out.numel())
     else:
-        _launch(qw, out, first, len(cols), K)
+        _launch(w, out, first, len(cols), K)
     return out
 
 
-def _launch(qw: QuantizedWeight, out: Tensor, first: int, cols: int, stride: int) -> None:
+def slices(n: int, bytes_each: int, align: int = 256) -> list[range]:
+    """`range(n)` in equal slices of at most `MAX_PANEL_BYTES`, cut at multiples of `align` where that is possible."""
+    most = max(1, MAX_PANEL_BYTES // bytes_each)
+    size = cdiv(n, cdiv(n, most))
+    if size < n and most >= align:
+        size = min(cdiv(size, align) * align, most // align * align)
+    return [range(i, min(i + size, n)) for i in range(0, n, size)]
+
+
+def _launch(w: Weight, out: Tensor, first: int, cols: int, stride: int) -> None:
     """Decodes to `out` the first `cols` elements of each run of `stride`, from element `first` on."""
     count, strip = out.numel(), cols != out.numel()
-    config = config_of("dequantize", 0, 1, count, 0, qw.device)
-    args = weight_args(qw, out.dtype)
-    group = group_of(qw, math.gcd(first, count, cols, stride if strip else 0))
+    args = weight_args(w, out.dtype)
+    group = group_of(w, math.gcd(first, count, cols, stride if strip else 0))
     if group:
+        config = config_of(Problem("dequantize", K=count), w.packed.device)
         n = config.block_n // group
-        flags = {"N_GROUPS": n, "STRIP": strip, **weight_meta(qw, group)}
+        flags = {"N_GROUPS": n, "STRIP": strip, **weight_meta(w, group, out.dtype)}
         sizes = first // group, count // group, cols // group, stride // group
         launch(dequantize_groups, (cdiv(count // group, n),), (*args, out, *sizes), flags, config)
     else:
-        block = config.block_n // 8  # 64-bit indices take registers
-        args = (*args[:5], constant(qw.quant_type, qw.device))
-        flags = {"BLOCK": block, "BLOCKSIZE": qw.blocksize, "NESTED": qw.double_quant, "PTX": has_ptx()}
-        launch(dequantize_elements, (cdiv(count, block),), (*args, out, first, count, cols, stride), flags, config)
+        config = config_of(Problem("dequantize_elements", K=count), w.packed.device)
+        args = (*args[:5], constant(w.quant_type, w.packed.device))
+        flags = {"BLOCK": config.block_n, "BLOCKSIZE": w.blocksize, "NESTED": w.absmax2 is not None, "PTX": has_ptx()}
+        grid = (cdiv(count, config.block_n),)
+        launch(dequantize_elements, grid, (*args, out, first, count, cols, stride), flags, config)

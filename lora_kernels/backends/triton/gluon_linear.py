@@ -4,7 +4,7 @@ Triton waits for a matrix instruction at once when an operand was written to sha
 decodes and multiplies in turns, and only a second program on the SM fills the gaps.  Gluon leaves the wait to the kernel.
 It compiles ahead of time and has not run on a GPU yet: Gluon has no interpreter, and no setting takes this path by default.
 
-x and y have 16 bits, K is a multiple of 64, and so is a block; `usable` sends the rest to the panel path.  Gluon changes from
+x and y have 16 bits, K is a multiple of 64, and so is a block; `settings` sends the rest to the panel path.  Gluon changes from
 one Triton to the next, so nothing imports this file before the path is asked for.
 """
 
@@ -51,7 +51,7 @@ def linear_gluon(
     GROUP: gl.constexpr,
     SHIFT: gl.constexpr,
     NESTED: gl.constexpr,
-    NF4: gl.constexpr,
+    TABLE: gl.constexpr,
     PTX: gl.constexpr,
 ):
     """K is a multiple of BLOCK_K, and BLOCK_K is one group."""
@@ -107,7 +107,7 @@ def linear_gluon(
     # a step's words and scale are loaded one step before they are decoded, the code of its scale two steps before
     word = gl.load(words + word_at)
     scale = scale_of(gl.load(absmax + (block >> SHIFT)), block >> SHIFT, code2, absmax2, shift, NESTED, PTX)
-    ws.index(0).store(decode(word, scale, lut, BLOCK_N, WORDS, DT, NF4, PTX))
+    ws.index(0).store(decode(word, scale, lut, BLOCK_N, WORDS, DT, TABLE))
     k1 = gl.minimum(1, last)
     word = gl.load(words + k1 * WORDS + word_at)
     scale = scale_of(gl.load(absmax + (block + k1 >> SHIFT)), block + k1 >> SHIFT, code2, absmax2, shift, NESTED, PTX)
@@ -122,7 +122,7 @@ def linear_gluon(
         ahead = k + X_TILES - 2
         _copy(xs.index(ahead % X_TILES), x_tile + gl.minimum(ahead, last) * BLOCK_K + x_at)
         async_copy.commit_group()
-        ws.index((k + 1) % W_TILES).store(decode(word, scale, lut, BLOCK_N, WORDS, DT, NF4, PTX))
+        ws.index((k + 1) % W_TILES).store(decode(word, scale, lut, BLOCK_N, WORDS, DT, TABLE))
         k2 = gl.minimum(k + 2, last)
         word = gl.load(words + k2 * WORDS + word_at)
         scale = scale_of(stored, block + k2 >> SHIFT, code2, absmax2, shift, NESTED, PTX)

@@ -7,7 +7,6 @@ go through float32 partials that are added in a fixed order, so the same input g
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import cdiv, config_of, launch, rank_block
-from .settings import Config
+from .launch import config_of, launch, rank_block
+from .settings import MAX_PARTIAL_BYTES, ONE_READ_RANKS, Problem, cdiv
 from .tiles import cast, dot, kept, last_arrival, to_float
 from .workspace import counters
 
@@ -299,13 +298,6 @@ def keep_args(seed: Tensor | None, p: float, columns: int) -> tuple[Tensor | Non
     return seed, bits - (1 << 32) if bits >> 31 else bits, 1 / (1 - p), {"DROPOUT": True, "QUAD": columns % 4 == 0}
 
 
-MAX_PARTIAL_BYTES = 16 << 20
-"""Most memory for the partial sums of one launch: what stays in L2 until they are added."""
-ONE_READ_RANKS = 32
-"""Ranks up to which `dy B` comes from the read that makes `dB`: a row of N elements has N / 128 partials of r floats, r / 16
-bytes an element written and read, where a second read of dy costs 2."""
-
-
 def project(
     x: Tensor,
     A: Tensor,
@@ -321,10 +313,8 @@ def project(
     r = A.shape[1 if by_column else 0]
     if h is None:
         h = x.new_empty(M, r) if each is None else x.new_empty(r // each, M, each)
-    config = config_of("project", M, 0, K, r, x.device)
-    if x.dtype == torch.float32:
-        config = replace(config, block_m=min(config.block_m, 32), block_k=32, stages=2)
-    flags, tiles, seed, threshold, scale = _ranks(r, each, 128, seed, dropout_p, K)
+    config = config_of(Problem("project", M, 0, K, r, x.dtype == torch.float32), x.device)
+    flags, tiles, seed, threshold, scale = _ranks(r, each, config.ranks, seed, dropout_p, K)
     grid = (cdiv(M, config.block_m) * tiles, config.split)
     partial = counter = None
     if config.split > 1:
@@ -365,9 +355,9 @@ def expand(
     M, each = t.shape[-2:]
     C, r = (factor.shape[0], factor.shape[1]) if by_column else (factor.shape[1], factor.shape[0])
     out = t.new_empty(M, C) if onto is None else onto
-    config = _buffers(config_of("expand", M, C, 0, r, t.device), t.dtype)
+    config = config_of(Problem("expand", M, C, 0, r, t.dtype == torch.float32), t.device)
     grid = (cdiv(M, config.block_m), cdiv(C, config.block_n))
-    flags, _, seed, threshold, keep_scale = _ranks(r, each if t.dim() == 3 else None, 64, seed, dropout_p, C)
+    flags, _, seed, threshold, keep_scale = _ranks(r, each if t.dim() == 3 else None, config.ranks, seed, dropout_p, C)
     flags |= {"BLOCK_M": config.block_m, "BLOCK_C": config.block_n, "BY_COLUMN": by_column}
     flags |= {"ADD": onto is not None, "BIAS": bias is not None}
     args = (t, factor, bias, out, seed, threshold, scaling * keep_scale, M, C, r, each)
@@ -409,13 +399,11 @@ def read(
     M, C = x.shape
     each = 1 if t is None and factor is None else (t if t is not None else factor).shape[-1]  # type: ignore[union-attr]
     r = each * max(1, len(grads))
-    config = _buffers(config_of("read_once", M, C, 0, r, x.device), x.dtype)
-    most = 64 if x.dtype != torch.float32 else 16  # float32 products take no tensor cores but many registers
+    config = config_of(Problem("read_once", M, C, 0, r, x.dtype == torch.float32), x.device)
     stacked = t is not None and t.dim() == 3
-    flags, tiles, seed, threshold, keep_scale = _ranks(r, each if stacked else None, most, seed, dropout_p, C)
+    flags, tiles, seed, threshold, keep_scale = _ranks(r, each if stacked else None, config.ranks, seed, dropout_p, C)
     columns = cdiv(C, config.block_n)
-    steps = max(config.steps, cdiv(M, config.block_m * max(1, MAX_PARTIAL_BYTES // (4 * C * r))))
-    rows = config.block_m * steps  # that one program reads
+    rows = config.block_m * config.steps  # that one program reads
     ranges = cdiv(M, rows)
     at_once = ranges
     if product is not None and factor is not None:
@@ -438,7 +426,20 @@ def read(
         part = slice(i * rows, min(M, (i + at_once) * rows))
         m = part.stop - part.start
         here = [None if p is None else p[i:] for p in (sums, totals)]
-        args = (x[part], factor, t if stacked or t is None else t[part], products, *here, seed, threshold, m, C, r, each, steps)
+        args = (
+            x[part],
+            factor,
+            t if stacked or t is None else t[part],
+            products,
+            *here,
+            seed,
+            threshold,
+            m,
+            C,
+            r,
+            each,
+            config.steps,
+        )
         launch(read_once, (cdiv(m, rows) * tiles, columns), args, flags, config)
         if products is not None and product is not None:
             _add(products.view(-1)[: columns * m * r].view(columns, m * r), product[part], 1.0)
@@ -452,11 +453,6 @@ def read(
 def _add(partial: Tensor, out: Tensor, scale: float) -> None:
     """`out = scale * partial.sum(0)`, `partial` being `[n, at least out.numel()]`."""
     count = out.numel()
-    config = config_of("reduce", 0, 1, count, 0, out.device)
+    config = config_of(Problem("reduce", K=count), out.device)
     args = (partial, out, scale, count, partial.stride(0), partial.shape[0])
     launch(add_partials, (cdiv(count, config.block_n),), args, {"BLOCK": config.block_n}, config)
-
-
-def _buffers(config: Config, dtype: torch.dtype) -> Config:
-    """`config` with fewer tiles in flight where they are twice as large."""
-    return replace(config, stages=2) if dtype == torch.float32 else config

@@ -1,349 +1,162 @@
-"""`y = x Wᵀ + s h Bᵀ + bias` and `h = dropout(x) Aᵀ`, by the number of rows of `x` (see `settings`).
+"""The two linear ops, each of several layers on one `x` (q, k, v; gate, up) or of one.
 
-- small: one launch; W is the left operand (acc `[N, M]`, so that 16 rows of x do not pad a 64-row tile), K is split between
-  programs, the last to arrive at a tile adds the partials in order.
-- fused: W is decoded in the main loop; the adapter's product seeds the accumulator, so the epilogue is a plain store.
-- gluon: the same with the decode hidden behind the dot, on sm_90 (see `gluon_linear`).
-- panel: W is decoded to memory, at most `MAX_PANEL_BYTES` at a time; the adapter's product and the bias seed `y`, and the
-  library's GEMM accumulates onto it.  It takes every shape: the fallback where the weight has no aligned groups.
+What reads x, and what sums to dx, is done for all layers at once.  Adapters are stacked, padded with zeros to the largest of
+their ranks: `h` for all of them from one read of x, `dA` for all from one.  Each layer draws its own dropout mask, so with
+dropout the programs of the layers run side by side on the same rows of x, which then come from memory once and from L2 for the
+others.  `g`, `dB` and `dbias` of a layer come from one read of its `dy`.
+
+dx is one tensor: it is written once with the sum of the adapters' terms, and each layer's GEMM adds to it in x.dtype, one
+rounding a layer, as when autograd adds the gradients of separate layers.  A float32 sum would make each of these GEMMs write
+and read twice the bytes, and round once more at the end.
 """
 
 from __future__ import annotations
 
-import functools
-import warnings
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
+from torch.nn.functional import pad
 
-from ...formats import QuantizedWeight
-from .dequantize import decode_panel
-from .launch import capability, cdiv, config_of, group_of, has_ptx, launch, on, rank_block, weight_args, weight_meta
-from .low_rank import expand, low_rank, project
-from .settings import MAX_PANEL_BYTES, Config
-from .tiles import cast, dot, last_arrival, load_weight, shuffle_k, swizzle, to_float
-from .workspace import counters
+from ...layer import Layer
+from .dx import add_dx, add_panels
+from .launch import config_of, on
+from .linear import linear
+from .low_rank import expand, project, read, read_dy
+from .weights import linear_problem
 
-
-@triton.jit(do_not_specialize=["M", "split"])
-def linear_small(
-    packed,
-    absmax,
-    code2,
-    absmax2,
-    offset,
-    lut,
-    x,
-    A,
-    B,
-    bias,
-    h,
-    h_partial,
-    y,
-    partial,
-    counter,
-    scaling,
-    M,
-    N,
-    K,
-    r,
-    split,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    R: tl.constexpr,
-    SPLIT: tl.constexpr,
-    FUSE_H: tl.constexpr,
-    LORA: tl.constexpr,
-    BIAS: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    SHUFFLE: tl.constexpr,
-    WORD4: tl.constexpr,
-    GROUP: tl.constexpr,
-    SHIFT: tl.constexpr,
-    NESTED: tl.constexpr,
-    NF4: tl.constexpr,
-    PTX: tl.constexpr,
-):
-    """M <= BLOCK_M.  FUSE_H: each program multiplies its part of h (linear in K) by B, so no program waits for another."""
-    DT: tl.constexpr = x.dtype.element_ty
-    pn = tl.program_id(0)
-    pk = tl.program_id(1)
-    rm = tl.arange(0, BLOCK_M)
-    rn = pn * BLOCK_N + tl.arange(0, BLOCK_N)
-    rr = tl.arange(0, R)
-    mm = rm < M
-    mr = rr < r
-    rows = tl.minimum(rn, N - 1)
-    chunk = tl.cdiv(tl.cdiv(K, BLOCK_K), split) * BLOCK_K
-    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    part_h = tl.zeros((BLOCK_M, R), tl.float32)
-    for k in range(pk * chunk, tl.minimum((pk + 1) * chunk, K), BLOCK_K):
-        col = k
-        if not EVEN_K:  # the last step starts earlier and skips what was done
-            col = tl.minimum(k, K - BLOCK_K)
-        rk = col + tl.arange(0, BLOCK_K)
-        mx = mm[:, None]
-        if not EVEN_K:
-            mx = mx & (rk >= k)[None, :]
-        a = tl.load(x + rm[:, None] * K + rk[None, :], mask=mx, other=0.0)
-        w = load_weight(
-            packed, absmax, code2, absmax2, offset, lut, rows >> 31, rows, col, K,
-            BLOCK_N, BLOCK_K, DT, GROUP, SHIFT, NESTED, NF4, WORD4, PTX,
-        )  # fmt: skip
-        if SHUFFLE:
-            w = shuffle_k(w, BLOCK_N, BLOCK_K)
-            acc = dot(w, shuffle_k(a, BLOCK_M, BLOCK_K).T, acc)
-        else:
-            acc = dot(w, a.T, acc)
-        if FUSE_H:
-            f = tl.load(A + rr[:, None] * K + rk[None, :], mask=mr[:, None], other=0.0)
-            part_h = dot(a, cast(f, DT).T, part_h)
-    if FUSE_H:
-        b = cast(tl.load(B + rows[:, None] * r + rr[None, :], mask=mr[None, :], other=0.0), DT)
-        acc += dot(b, cast(part_h, DT).T, tl.zeros((BLOCK_N, BLOCK_M), tl.float32)) * scaling
-    elif LORA and pk == 0:
-        term = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-        for first in tl.range(0, r, R, num_stages=1):
-            rf = first + tl.arange(0, R)
-            b = tl.load(B + rows[:, None] * r + rf[None, :], mask=(rf < r)[None, :], other=0.0)
-            t = tl.load(h + rm[:, None] * r + rf[None, :], mask=mm[:, None] & (rf < r)[None, :], other=0.0)
-            term = dot(cast(b, DT), t.T, term)
-        acc += term * scaling
-    if BIAS and pk == 0:
-        acc += to_float(tl.load(bias + rows))[:, None]
-    inside = (rn < N)[:, None] & mm[None, :]
-    at = rm[None, :] * N + rn[:, None]
-    at_h = rm[:, None] * r + rr[None, :]
-    inside_h = mm[:, None] & mr[None, :]
-    if not SPLIT:
-        tl.store(y + at, cast(acc, DT), mask=inside)
-        if FUSE_H and pn == 0:
-            tl.store(h + at_h, cast(part_h, DT), mask=inside_h)
-    else:
-        tl.store(partial + pk * M * N + at, acc, mask=inside)
-        if FUSE_H and pn == 0:
-            tl.store(h_partial + pk * M * r + at_h, part_h, mask=inside_h)
-        if last_arrival(counter + pn, split):
-            total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-            for i in range(split):
-                total += tl.load(partial + i * M * N + at, mask=inside, other=0.0, cache_modifier=".cg")
-            tl.store(y + at, cast(total, DT), mask=inside)
-            if FUSE_H and pn == 0:
-                total_h = tl.zeros((BLOCK_M, R), tl.float32)
-                for i in range(split):
-                    total_h += tl.load(h_partial + i * M * r + at_h, mask=inside_h, other=0.0, cache_modifier=".cg")
-                tl.store(h + at_h, cast(total_h, DT), mask=inside_h)
+Gradients = list[Tensor | None]
+"""One for each layer, None where it was not asked for."""
 
 
-@triton.jit(do_not_specialize=["M"])
-def linear_fused(
-    packed,
-    absmax,
-    code2,
-    absmax2,
-    offset,
-    lut,
-    x,
-    h,
-    B,
-    bias,
-    y,
-    scaling,
-    M,
-    N,
-    K,
-    r,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    R: tl.constexpr,
-    GROUP_M: tl.constexpr,
-    LORA: tl.constexpr,
-    BIAS: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    GROUP: tl.constexpr,
-    SHIFT: tl.constexpr,
-    NESTED: tl.constexpr,
-    NF4: tl.constexpr,
-    PTX: tl.constexpr,
-):
-    DT: tl.constexpr = x.dtype.element_ty
-    pm, pn = swizzle(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
-    rm = pm * BLOCK_M + tl.arange(0, BLOCK_M)
-    rn = pn * BLOCK_N + tl.arange(0, BLOCK_N)
-    rows = tl.minimum(rm, M - 1).to(tl.int64)  # clamped, not masked: a mask keeps predicates alive across the loop
-    outs = tl.minimum(rn, N - 1)
-    x_tile = x + pm.to(tl.int64) * BLOCK_M * K  # offsets inside the tile fit in 32 bits, half the instructions
-    local = tl.minimum(tl.arange(0, BLOCK_M), M - 1 - pm * BLOCK_M)
-    if LORA:
-        acc = low_rank(h, B, rows, outs, rn < N, M, N, r, 0, r, r, BLOCK_M, BLOCK_N, R, True, False, DT) * scaling
-    else:
-        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    if BIAS:
-        acc += to_float(tl.load(bias + outs))[None, :]
-    for k in range(0, K, BLOCK_K):
-        col = k
-        if EVEN_K:
-            a = tl.load(x_tile + local[:, None] * K + (k + tl.arange(0, BLOCK_K))[None, :])
-        else:  # the last step starts earlier and skips what was done
-            col = tl.minimum(k, K - BLOCK_K)
-            rk = col + tl.arange(0, BLOCK_K)
-            a = tl.load(x_tile + local[:, None] * K + rk[None, :], mask=(rk >= k)[None, :], other=0.0)
-        w = load_weight(
-            packed, absmax, code2, absmax2, offset, lut, outs >> 31, outs, col, K,
-            BLOCK_N, BLOCK_K, DT, GROUP, SHIFT, NESTED, NF4, False, PTX,
-        )  # fmt: skip
-        acc = dot(a, w.T, acc)
-    tl.store(y + rows[:, None] * N + rn[None, :], cast(acc, DT), mask=(rm < M)[:, None] & (rn < N)[None, :])
-
-
-# ---- launchers
-
-
-def qlora_linear(
-    x: Tensor,
-    qw: QuantizedWeight,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
-    scaling: float,
-    bias: Tensor | None,
-    dropout_p: float,
-    seed: Tensor | None,
-    h: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """`y [M, N]` and `h [M, r]`, both in x.dtype; `h` is not computed where it is given."""
-    M, r = x.shape[0], 0 if lora_A is None else lora_A.shape[0]
+def qlora_linear(x: Tensor, layers: Sequence[Layer]) -> tuple[list[Tensor], list[Tensor]]:
+    """`y = x Wᵀ + s h Bᵀ + bias [M, N]` and `h = dropout(x) Aᵀ [M, r]` of each layer, in x.dtype."""
+    M = x.shape[0]
     if M == 0:
-        return x.new_empty(0, qw.shape[0]), x.new_empty(0, r)
-    config = linear_config(x, qw, r)
+        return [x.new_empty(0, layer.shape[0]) for layer in layers], [x.new_empty(0, layer.r) for layer in layers]
     with on(x.device):
-        fuse_h = config.fuse_h and lora_A is not None and not dropout_p and h is None
-        if h is None:
-            h = x.new_empty(M, r) if lora_A is None or fuse_h else project(x, lora_A, dropout_p, seed)
-        if config.path == "small":
-            y = _small(x, h, qw, lora_A if fuse_h else None, lora_B, scaling, bias, config)
-        else:
-            y = (_panel if config.path == "panel" else _fused)(x, h, qw, lora_B, scaling, bias, config)
-    return y, h
+        given = _stacked_h(x, layers) if len(layers) > 1 else {}
+        outs = [linear(x, layer, given.get(i)) for i, layer in enumerate(layers)]
+    return [y for y, _ in outs], [h for _, h in outs]
 
 
-def linear_config(x: Tensor, qw: QuantizedWeight, r: int) -> Config:
-    N, K = qw.shape
-    return usable(config_of("qlora_linear", x.shape[0], N, K, r, x.device), qw, x)
+def qlora_linear_backward(
+    dys: Sequence[Tensor],
+    x: Tensor | None,
+    hs: Sequence[Tensor | None],
+    layers: Sequence[Layer],
+    need_dx: bool,
+    needs: Sequence[tuple[bool, bool, bool]],
+) -> tuple[Tensor | None, Gradients, Gradients, Gradients]:
+    """dx, the sum over the layers of `dy W + dropout(s g A)` with `g = dy B`, in dy.dtype; then of each layer
+    `dA = s gᵀ dropout(x)`, `dB = s dyᵀ h` and `dbias = sum dy` (float32), where its `needs` ask for them."""
+    with on(dys[0].device):
+        gs: Gradients = []
+        dBs: Gradients = []
+        dbiases: Gradients = []
+        for dy, h, layer, (need_dA, need_dB, need_dbias) in zip(dys, hs, layers, needs, strict=True):
+            g, dB, dbias = read_dy(dy, h, layer.lora_B, layer.scaling, need_dx or need_dA, need_dB, need_dbias)
+            gs.append(g)
+            dBs.append(dB)
+            dbiases.append(dbias)
+        dAs = _each_dA(x, gs, layers, [need_dA for need_dA, _, _ in needs])
+        dx = _dx(dys, gs, layers) if need_dx else None
+    return dx, dAs, dBs, dbiases
 
 
-def usable(config: Config, qw: QuantizedWeight, x: Tensor) -> Config:
-    """`config`, or the panel path where W has no aligned groups along K, or K does not fill a tile, or products are float32,
-    which has no tensor cores to feed.  The gluon path also wants sm_90, and a step of K that is one group of 64."""
-    K = qw.shape[1]
-    group = group_of(qw, K)
-    fits = group and config.block_k <= K and x.dtype != torch.float32
-    if fits and config.path == "gluon":
-        fits = group == config.block_k == 64 and has_ptx() and capability(x.device) == 90 and gluon_kernel() is not None
-    return config if fits else Config("panel")
+@dataclass(frozen=True)
+class Stack:
+    """Adapters that go through the same launches: the layers they belong to, their ranks, and what they share.
+
+    Attributes:
+        each: the rank that all are padded to.
+        A: `[len(layers) * each, K]`.
+        seed: one for each layer, None without dropout.
+    """
+
+    layers: list[int]
+    ranks: list[int]
+    each: int
+    A: Tensor
+    dropout_p: float
+    seed: Tensor | None
+
+    def padded(self, ts: Sequence[Tensor]) -> Tensor:
+        """`[M, r]` of each layer -> `[n, M, each]`."""
+        return torch.stack([pad(t, (0, self.each - t.shape[1])) for t in ts])
 
 
-@functools.cache
-def gluon_kernel() -> Any:
-    """`linear_gluon`, or None, with a warning, where this Triton has another Gluon than the kernel is written in."""
-    try:
-        from .gluon_linear import linear_gluon
-    except (ImportError, AttributeError) as e:
-        warnings.warn(f"qlora_linear: no path 'gluon' with Triton {triton.__version__}, 'panel' instead: {e}", stacklevel=2)
+def stack_of(layers: Sequence[Layer], wanted: Sequence[bool]) -> Stack | None:
+    """The layers among those `wanted` that have an adapter and the dropout of the first such layer, if they are several."""
+    chosen = [i for i, layer in enumerate(layers) if wanted[i] and layer.r]
+    chosen = [i for i in chosen if layers[i].dropout_p == layers[chosen[0]].dropout_p]
+    if len(chosen) < 2:
         return None
-    return linear_gluon
+    factors = [A for i in chosen if (A := layers[i].lora_A) is not None]
+    seeds = [seed for i in chosen if (seed := layers[i].seed) is not None]
+    ranks = [A.shape[0] for A in factors]
+    each = max(ranks)
+    A = torch.cat([pad(A, (0, 0, 0, each - A.shape[0])) for A in factors])
+    return Stack(chosen, ranks, each, A, layers[chosen[0]].dropout_p, torch.cat(seeds) if seeds else None)
 
 
-def _small(
-    x: Tensor,
-    h: Tensor,
-    qw: QuantizedWeight,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
-    scaling: float,
-    bias: Tensor | None,
-    config: Config,
-) -> Tensor:
-    """Computes `h` too, into `h`, where `lora_A` is given."""
-    N, K = qw.shape
-    M, r = h.shape
-    y, split, grid = x.new_empty(M, N), config.split, (cdiv(N, config.block_n), config.split)
-    partial = h_partial = counter = None
-    if split > 1:
-        partial, counter = x.new_empty(split, M, N, dtype=torch.float32), counters(x.device, grid[0])
-        h_partial = None if lora_A is None else x.new_empty(split, M, r, dtype=torch.float32)
-    group = group_of(qw, K)
-    even = K % config.block_k == 0
-    flags = {
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "BLOCK_K": config.block_k,
-        "R": rank_block(max(r, 1), 64),
-        "SPLIT": split > 1,
-        "FUSE_H": lora_A is not None,
-        "LORA": lora_B is not None,
-        "BIAS": bias is not None,
-        "EVEN_K": even,
-        "SHUFFLE": config.shuffle,
-        "WORD4": config.block_k == 256 and group == 64 and qw.blocksize == 64 and even and qw.absmax.data_ptr() % 16 == 0,
-    }
-    args = (x, lora_A, lora_B, bias, h, h_partial, y, partial, counter, scaling, M, N, K, r, split)
-    launch(linear_small, grid, (*weight_args(qw, x.dtype), *args), flags | weight_meta(qw, group), config)
-    return y
+def _paths(op: str, rows: Sequence[Tensor], layers: Sequence[Layer]) -> set[str]:
+    """The paths that layers take."""
+    each = zip(rows, layers, strict=True)
+    return {config_of(linear_problem(op, t, layer), t.device).path for t, layer in each}
 
 
-def _fused(
-    x: Tensor, h: Tensor, qw: QuantizedWeight, lora_B: Tensor | None, scaling: float, bias: Tensor | None, config: Config
-) -> Tensor:
-    N, K = qw.shape
-    M, r = x.shape[0], h.shape[1]
-    y = x.new_empty(M, N)
-    flags = {
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "BLOCK_K": config.block_k,
-        "GROUP_M": config.group,
-        "LORA": lora_B is not None,
-        "BIAS": bias is not None,
-    }
-    if config.path == "gluon":
-        kernel, flags = gluon_kernel(), flags | {"X_TILES": config.stages}
-    else:
-        kernel, flags = linear_fused, flags | {"R": rank_block(max(r, 1), 64), "EVEN_K": K % config.block_k == 0}
-    grid = (cdiv(M, config.block_m) * cdiv(N, config.block_n),)
-    args = (*weight_args(qw, x.dtype), x, h, lora_B, bias, y, scaling, M, N, K, r)
-    launch(kernel, grid, args, flags | weight_meta(qw, group_of(qw, K)), config)
-    return y
+def _stacked_h(x: Tensor, layers: Sequence[Layer]) -> dict[int, Tensor]:
+    """`h` of the layers that are stacked."""
+    if "small" in _paths("qlora_linear", [x] * len(layers), layers):
+        return {}  # few rows are read from cache, and h is computed with y
+    stack = stack_of(layers, [True] * len(layers))
+    if stack is None:
+        return {}
+    hs = project(x, stack.A, stack.dropout_p, stack.seed, stack.each)
+    # a copy each: results of an op must not share memory
+    return {i: h[:, :r].clone() for i, h, r in zip(stack.layers, hs, stack.ranks, strict=True)}
 
 
-def _panel(
-    x: Tensor, h: Tensor, qw: QuantizedWeight, lora_B: Tensor | None, scaling: float, bias: Tensor | None, config: Config
-) -> Tensor:
-    N, K = qw.shape
-    seeded = lora_B is not None
-    y = expand(h, lora_B, True, scaling, bias, 0.0, None) if lora_B is not None else x.new_empty(x.shape[0], N)
-    strips = slices(N, K * x.itemsize)
-    panel = x.new_empty(len(strips[0]) * K)
-    for rows in strips:
-        w = decode_panel(qw, rows, range(K), panel)
-        out = y[:, rows.start : rows.stop]
-        if seeded:
-            out.addmm_(x, w.T)
-        elif bias is not None:
-            torch.addmm(bias[rows.start : rows.stop].to(x.dtype), x, w.T, out=out)
+def _each_dA(x: Tensor | None, gs: Gradients, layers: Sequence[Layer], wanted: list[bool]) -> Gradients:  # noqa: N802
+    dAs: Gradients = [None] * len(layers)
+    stack = stack_of(layers, wanted) if len(layers) > 1 and x is not None and x.shape[0] else None
+    if x is not None and stack is not None:
+        grads = [torch.empty_like(stack.A[: stack.each]) for _ in stack.layers]
+        read(x, None, _scaled(stack, gs, layers), 1.0, grads, True, None, stack.dropout_p, stack.seed)
+        for i, dA, r in zip(stack.layers, grads, stack.ranks, strict=True):
+            A = layers[i].lora_A
+            assert A is not None
+            dAs[i] = dA[:r].to(A.dtype)
+    for i, (layer, g) in enumerate(zip(layers, gs, strict=True)):
+        if not wanted[i] or dAs[i] is not None:
+            continue
+        assert x is not None and g is not None and layer.lora_A is not None
+        dA = dAs[i] = torch.empty_like(layer.lora_A)
+        if x.shape[0]:
+            read(x, None, g, layer.scaling, [dA], True, None, layer.dropout_p, layer.seed)
         else:
-            torch.mm(x, w.T, out=out)
-    return y
+            dA.zero_()
+    return dAs
 
 
-def slices(n: int, bytes_each: int, align: int = 256) -> list[range]:
-    """`range(n)` in equal slices of at most `MAX_PANEL_BYTES`, cut at multiples of `align` where that is possible."""
-    most = max(1, MAX_PANEL_BYTES // bytes_each)
-    size = cdiv(n, cdiv(n, most))
-    if size < n and most >= align:
-        size = min(cdiv(size, align) * align, most // align * align)
-    return [range(i, min(i + size, n)) for i in range(0, n, size)]
+def _scaled(stack: Stack, gs: Gradients, layers: Sequence[Layer]) -> Tensor:
+    """`s g [M, r]` of each stacked layer, one after the other."""
+    return stack.padded([g * layers[i].scaling for i in stack.layers if (g := gs[i]) is not None])
+
+
+def _dx(dys: Sequence[Tensor], gs: Gradients, layers: Sequence[Layer]) -> Tensor:
+    if dys[0].shape[0] == 0:
+        return dys[0].new_empty(0, layers[0].shape[1])
+    dx: Tensor | None = None
+    done: list[int] = []
+    if len(layers) > 1 and _paths("dx", dys, layers) == {"panel"}:
+        stack = stack_of(layers, [g is not None for g in gs])
+        if stack is not None:
+            dx = expand(_scaled(stack, gs, layers), stack.A, False, 1.0, None, stack.dropout_p, stack.seed)
+            done = stack.layers
+    for i, (dy, g, layer) in enumerate(zip(dys, gs, layers, strict=True)):
+        dx = add_panels(dy, layer, dx) if i in done else add_dx(dy, g, layer, dx)
+    assert dx is not None
+    return dx

@@ -13,35 +13,33 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...formats import BLOCKSIZE2, DYNAMIC_MAP, codebook
-from .launch import cdiv, config_of, launch, on
+from ...formats import BLOCKSIZE2, DYNAMIC_MAP, format_of
+from .launch import config_of, launch, on
+from .settings import Problem, cdiv
 from .tiles import to_float
 
-
-def _midpoints(quant_type: str) -> tuple[float, ...]:
-    code = codebook(quant_type).sort().values
-    return tuple(((code[:-1] + code[1:]) / 2).tolist())
-
-
-def _order(quant_type: str) -> int:
-    """The 4-bit index of each code in ascending order, a nibble each."""
-    order = codebook(quant_type).sort(stable=True).indices.tolist()
-    packed = sum(index << 4 * i for i, index in enumerate(order))
-    return packed - (1 << 64) if packed >> 63 else packed
-
-
-NF4_MIDPOINTS = tl.constexpr(_midpoints("nf4"))
-FP4_MIDPOINTS = tl.constexpr(_midpoints("fp4"))
-FP4_ORDER = tl.constexpr(_order("fp4"))
 TINY = tl.constexpr(1e-38)
 """Smallest divisor of a block."""
 
 
 @triton.jit
 def quantize_blocks(
-    weight, packed, absmax, bad, count, BLOCKSIZE: tl.constexpr, N_BLOCKS: tl.constexpr, TAIL: tl.constexpr, NF4: tl.constexpr
+    weight,
+    packed,
+    absmax,
+    bad,
+    count,
+    BLOCKSIZE: tl.constexpr,
+    N_BLOCKS: tl.constexpr,
+    TAIL: tl.constexpr,
+    MIDPOINTS: tl.constexpr,
+    ORDER: tl.constexpr,
 ):
-    """N_BLOCKS blocks a program; `bad` becomes nonzero when an element is not finite."""
+    """N_BLOCKS blocks a program; `bad` becomes nonzero when an element is not finite.
+
+    MIDPOINTS: between the 16 values of the format.  ORDER: their indices by ascending value, a nibble each; None where an index
+    is its place.
+    """
     block = tl.program_id(0).to(tl.int64) * N_BLOCKS + tl.arange(0, N_BLOCKS)
     i = block[:, None] * BLOCKSIZE + tl.arange(0, BLOCKSIZE)[None, :]
     v = to_float(tl.load(weight + i, mask=i < count, other=0.0))
@@ -57,13 +55,10 @@ def quantize_blocks(
     tl.store(absmax + block, most, mask=block * BLOCKSIZE < count)
     below = tl.zeros_like(scaled)  # counted in float32: LLVM would narrow an integer count to bytes kept on the stack
     for m in tl.static_range(15):
-        if NF4:
-            below += tl.where(scaled > NF4_MIDPOINTS[m], 1.0, 0.0)
-        else:
-            below += tl.where(scaled > FP4_MIDPOINTS[m], 1.0, 0.0)
+        below += tl.where(scaled > MIDPOINTS[m], 1.0, 0.0)
     code = below.to(tl.int32)
-    if not NF4:
-        order = tl.full(code.shape, FP4_ORDER, tl.int64)
+    if ORDER is not None:
+        order = tl.full(code.shape, ORDER, tl.int64)
         code = ((order >> (4 * code).to(tl.int64)) & 15).to(tl.int32)
     nibble = 16 - 15 * tl.arange(0, 2)  # the first of two elements is the high half of their byte
     pair = tl.sum(tl.reshape(code, (N_BLOCKS, BLOCKSIZE // 2, 2)) * nibble[None, None, :], axis=2)
@@ -95,6 +90,15 @@ def quantize_scales(absmax, offset, midpoints, out, absmax2, count, BLOCK: tl.co
     tl.store(out + i, index.to(tl.uint8), mask=inside)
 
 
+def _order(quant_type: str) -> int | None:
+    """`ORDER` of a format, as an int64."""
+    order = format_of(quant_type).order
+    if order == tuple(range(len(order))):
+        return None
+    packed = sum(index << 4 * i for i, index in enumerate(order))
+    return packed - (1 << 64) if packed >> 63 else packed
+
+
 @functools.cache
 def _dynamic_midpoints(device: torch.device) -> Tensor:
     return (0.5 * (DYNAMIC_MAP[:-1] + DYNAMIC_MAP[1:])).to(device)
@@ -109,9 +113,15 @@ def quantize(
     packed = torch.empty((n + 1) // 2, dtype=torch.uint8, device=device)
     absmax = torch.empty(n_blocks, dtype=torch.float32, device=device)
     bad = torch.zeros(1, dtype=torch.int32, device=device)
-    config = config_of("quantize", 0, 1, n, 0, device)
+    config = config_of(Problem("quantize", K=n), device)
     many = max(1, config.block_n // blocksize)
-    flags = {"BLOCKSIZE": blocksize, "N_BLOCKS": many, "TAIL": n % blocksize != 0, "NF4": quant_type == "nf4"}
+    flags = {
+        "BLOCKSIZE": blocksize,
+        "N_BLOCKS": many,
+        "TAIL": n % blocksize != 0,
+        "MIDPOINTS": format_of(quant_type).midpoints,
+        "ORDER": _order(quant_type),
+    }
     with on(device):
         launch(quantize_blocks, (cdiv(n_blocks, many),), (weight, packed, absmax, bad, n), flags, config)
         if not bad.is_meta and bad.item():

@@ -7,19 +7,18 @@ scale a group, block index = group index >> `SHIFT`.  This holds for blocks that
 
 Two twins decode codes, bit for bit alike (`round(code * absmax)`, one rounding):
 
-- PTX: the 16 values of a block are scaled and rounded once, kept as 32 bytes in 8 registers, and looked up with byte
-  permutes: 2.6 integer operations a weight and no memory traffic.  16-bit weights on NVIDIA GPUs.
-- Triton: a gather from a 16-entry table in memory.  Everything else: float32 weights, other vendors, the interpreter.
+- TABLE: the 16 values of a block are scaled and rounded once, kept as 32 bytes in 8 registers, and looked up with byte
+  permutes: 2.6 integer operations a weight and no memory traffic.  16-bit weights on NVIDIA GPUs; TABLE is `table_asm`.
+- `lut`: a gather from the 16 values in memory.  TABLE is None: float32 weights, other vendors, the interpreter.
 """
 
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 
 import triton
 import triton.language as tl
-
-from ...formats import FORMATS
 
 INTERPRET = tl.constexpr(bool(triton.knobs.runtime.interpret))
 """Whether Triton's interpreter runs the kernels.  Its bf16 casts truncate and its bf16 dots multiply bit patterns, so `cast`,
@@ -29,8 +28,8 @@ INTERPRET = tl.constexpr(bool(triton.knobs.runtime.interpret))
 # ---- PTX
 
 
-def table_asm(code: tuple[float, ...], dtype: str) -> str:
-    """absmax ($8) -> the block's 16 scaled 16-bit values, low bytes in $0-$3, high bytes in $4-$7."""
+def table_asm(code: Sequence[float], dtype: str) -> str:
+    """absmax ($8) -> the block's 16 scaled values in `dtype` (`bf16` or `f16`), low bytes in $0-$3, high bytes in $4-$7."""
     bits = [f"0f{struct.unpack('>I', struct.pack('>f', v))[0]:08X}" for v in code]
     asm = "{\n.reg .f32 v<16>;\n.reg .b32 p<8>;\n"
     asm += "".join(f"mul.rn.f32 v{i}, $8, {b};\n" for i, b in enumerate(bits))
@@ -55,10 +54,6 @@ def word_asm() -> str:
     return asm + "}"
 
 
-NF4_BF16 = tl.constexpr(table_asm(FORMATS["nf4"].code, "bf16"))
-NF4_FP16 = tl.constexpr(table_asm(FORMATS["nf4"].code, "f16"))
-FP4_BF16 = tl.constexpr(table_asm(FORMATS["fp4"].code, "bf16"))
-FP4_FP16 = tl.constexpr(table_asm(FORMATS["fp4"].code, "f16"))
 WORD = tl.constexpr(word_asm())
 MUL_ADD = tl.constexpr("{ .reg .f32 t; mul.rn.f32 t, $1, $2; add.rn.f32 $0, t, $3; }")
 
@@ -148,14 +143,11 @@ def _halves(pairs, DT: tl.constexpr):
 
 
 @triton.jit
-def decode(words, scale, lut, R: tl.constexpr, W: tl.constexpr, DT: tl.constexpr, NF4: tl.constexpr, PTX: tl.constexpr):
+def decode(words, scale, lut, R: tl.constexpr, W: tl.constexpr, DT: tl.constexpr, TABLE: tl.constexpr):
     """int32 words `[R, W]` of 8 codes, float32 scale `[R, 1]` of the one block a row lies in -> DT `[R, 8 W]`."""
-    if PTX and DT != tl.float32:
-        nf4: tl.constexpr = NF4_BF16 if DT == tl.bfloat16 else NF4_FP16
-        fp4: tl.constexpr = FP4_BF16 if DT == tl.bfloat16 else FP4_FP16
-        table: tl.constexpr = nf4 if NF4 else fp4
+    if TABLE is not None:
         t0, t1, t2, t3, t4, t5, t6, t7 = tl.inline_asm_elementwise(
-            table, "=r,=r,=r,=r,=r,=r,=r,=r,f", [scale], dtype=(tl.int32,) * 8, is_pure=True, pack=1
+            TABLE, "=r,=r,=r,=r,=r,=r,=r,=r,f", [scale], dtype=(tl.int32,) * 8, is_pure=True, pack=1
         )
         o0, o1, o2, o3 = tl.inline_asm_elementwise(
             WORD,
@@ -192,8 +184,8 @@ def load_weight(
     GROUP: tl.constexpr,
     SHIFT: tl.constexpr,
     NESTED: tl.constexpr,
-    NF4: tl.constexpr,
-    WORD4: tl.constexpr,
+    SCALE_WORDS: tl.constexpr,
+    TABLE: tl.constexpr,
     PTX: tl.constexpr,
 ):
     """The decoded tile `W[rows, col : col + C]`, DT `[R, C]`; rows and columns in range, K and col multiples of GROUP;
@@ -206,7 +198,7 @@ def load_weight(
     first = tl.multiple_of(col // 8, GROUP // 8)
     words = packed.to(tl.pointer_type(tl.int32), bitcast=True)
     q = tl.load(words + rows[:, None] * row_words + (first + tl.arange(0, C // 8))[None, :])
-    if WORD4:
+    if SCALE_WORDS:
         tl.static_assert(G == 4 and SHIFT == 0)
         word = rows[:, None] * (K // (4 * GROUP)) + col // (4 * GROUP)
         s = load_absmax4(absmax, code2, absmax2, offset, zero[:, None], word, NESTED, PTX)
@@ -214,7 +206,7 @@ def load_weight(
         group = rows[:, None] * (K // GROUP) + (col // GROUP + tl.arange(0, G))[None, :]
         s = load_absmax(absmax, code2, absmax2, offset, zero[:, None], group >> SHIFT, NESTED, PTX)
     W: tl.constexpr = GROUP // 8
-    tile = decode(tl.reshape(q, (R * G, W)), tl.reshape(s, (R * G, 1)), lut, R * G, W, DT, NF4, PTX)
+    tile = decode(tl.reshape(q, (R * G, W)), tl.reshape(s, (R * G, 1)), lut, R * G, W, DT, TABLE)
     return tl.reshape(tile, (R, C))
 
 

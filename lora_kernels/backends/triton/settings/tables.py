@@ -18,13 +18,13 @@ from math import log2
 from pathlib import Path
 from typing import Any
 
-from . import OPS, PATHS, Config
+from .config import OPS, PATHS, Config
 
 FOLDER = Path(__file__).parent / "tuned"
 FAR = 4.0
 """Doublings of N and K, in all, beyond which an entry says nothing about a problem."""
 SIZES = ("M", "N", "K", "r")
-TILES = ("block_m", "block_n", "block_k", "warps")
+TILES = ("block_m", "block_n", "block_k", "ranks", "warps")
 
 
 @dataclass(frozen=True)

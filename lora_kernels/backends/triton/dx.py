@@ -1,8 +1,7 @@
-"""The gradients of `qlora_linear`: with `g = dy B`, `dx = dy W + dropout(s g A)`, `dA = s gᵀ dropout(x)`, `dB = s dyᵀ h`,
-`dbias = sum dy`.
+"""`dx = dy W + dropout(s g A)`, with `g = dy B`.
 
-`g`, `dB` and `dbias` come from one read of `dy`, `dA` from one read of `x`.  For dx, W is either decoded in the main loop, as
-stored, not transposed, or to memory in strips of columns, so that each strip is summed over all of N at once and rounded once.
+W is either decoded in the main loop, as stored, not transposed, or to memory in strips of columns, so that each strip is summed
+over all of N at once and rounded once.
 """
 
 from __future__ import annotations
@@ -12,13 +11,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...formats import QuantizedWeight
-from .dequantize import decode_panel
-from .launch import cdiv, config_of, group_of, launch, on, rank_block, weight_args, weight_meta
-from .low_rank import expand, keep_args, low_rank, read, read_dy
-from .qlora_linear import slices, usable
-from .settings import Config
+from ...layer import Layer
+from .dequantize import decode_panel, slices
+from .launch import config_of, launch, rank_block
+from .low_rank import expand, keep_args, low_rank
+from .settings import cdiv
 from .tiles import cast, dot, kept, load_weight, swizzle, to_float
+from .weights import linear_problem, weight_args, weight_meta
 
 
 @triton.jit(do_not_specialize=["M", "threshold"])
@@ -53,7 +52,7 @@ def dx_fused(
     GROUP: tl.constexpr,
     SHIFT: tl.constexpr,
     NESTED: tl.constexpr,
-    NF4: tl.constexpr,
+    TABLE: tl.constexpr,
     PTX: tl.constexpr,
 ):
     """Tile `[BLOCK_M, BLOCK_K]` of dx, summed over N in steps of BLOCK_N; ADD: onto what dx holds."""
@@ -83,7 +82,7 @@ def dx_fused(
             outs = tl.minimum(rn, N - 1)
         w = load_weight(
             packed, absmax, code2, absmax2, offset, lut, zero, outs, col, K,
-            BLOCK_N, BLOCK_K, DT, GROUP, SHIFT, NESTED, NF4, False, PTX,
+            BLOCK_N, BLOCK_K, DT, GROUP, SHIFT, NESTED, False, TABLE, PTX,
         )  # fmt: skip
         acc = dot(d, w, acc)
     mine = mm[:, None] & (rk >= pk * BLOCK_K)[None, :]
@@ -93,85 +92,42 @@ def dx_fused(
     tl.store(place, cast(acc, DT), mask=mine)
 
 
-def qlora_linear_backward(
-    dy: Tensor,
-    x: Tensor | None,
-    h: Tensor | None,
-    qw: QuantizedWeight,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
-    scaling: float,
-    dropout_p: float,
-    seed: Tensor | None,
-    needs: tuple[bool, bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """`dx, dA, dB, dbias` (float32), None where `needs` is False."""
-    need_dx, need_dA, need_dB, need_dbias = needs
-    with on(dy.device):
-        g, dB, dbias = read_dy(dy, h, lora_B, scaling, need_dx or need_dA, need_dB, need_dbias)
-        dA = None
-        if need_dA:
-            assert x is not None and g is not None and lora_A is not None
-            dA = torch.empty_like(lora_A)
-            if x.shape[0]:
-                read(x, None, g, scaling, [dA], True, None, dropout_p, seed)
-            else:
-                dA.zero_()
-        dx = add_dx(dy, g, qw, lora_A, scaling, dropout_p, seed, None) if need_dx else None
-    return dx, dA, dB, dbias
-
-
-def add_dx(
-    dy: Tensor,
-    g: Tensor | None,
-    qw: QuantizedWeight,
-    lora_A: Tensor | None,
-    scaling: float,
-    dropout_p: float,
-    seed: Tensor | None,
-    onto: Tensor | None,
-) -> Tensor:
+def add_dx(dy: Tensor, g: Tensor | None, layer: Layer, onto: Tensor | None) -> Tensor:
     """`dy W + dropout(s g A)`, added to `onto` if it is given."""
-    N, K = qw.shape
-    M, r = dy.shape[0], 0 if g is None else g.shape[1]
-    if M == 0:
-        return dy.new_empty(0, K)
-    config = dx_config(dy, qw, r)
+    problem, A = linear_problem("dx", dy, layer), layer.lora_A
+    _, M, N, K, r, *_ = problem
+    config = config_of(problem, dy.device)
     if config.path == "panel":
-        if g is not None and lora_A is not None:
-            onto = expand(g, lora_A, False, scaling, None, dropout_p, seed, onto)
-        return add_panels(dy, qw, onto)
+        if g is not None and A is not None:
+            onto = expand(g, A, False, layer.scaling, None, layer.dropout_p, layer.seed, onto)
+        return add_panels(dy, layer, onto)
     dx = dy.new_empty(M, K) if onto is None else onto
-    seed, threshold, keep_scale, flags = keep_args(seed, dropout_p, K)
+    seed, threshold, keep_scale, flags = keep_args(layer.seed, layer.dropout_p, K)
     flags |= {
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
-        "R": rank_block(max(r, 1), 64),
+        "R": rank_block(r, config.ranks),
         "GROUP_M": config.group,
         "LORA": g is not None,
         "ADD": onto is not None,
         "EVEN_N": N % config.block_n == 0,
     }
     grid = (cdiv(M, config.block_m) * cdiv(K, config.block_k),)
-    args = (dy, g, lora_A if g is not None else None, dx, seed, threshold, scaling * keep_scale, M, N, K, r)
-    launch(dx_fused, grid, (*weight_args(qw, dy.dtype), *args), flags | weight_meta(qw, group_of(qw, K)), config)
+    args = (dy, g, A, dx, seed, threshold, layer.scaling * keep_scale, M, N, K, r)
+    meta = weight_meta(layer, problem.group, dy.dtype)
+    launch(dx_fused, grid, (*weight_args(layer, dy.dtype), *args), flags | meta, config)
     return dx
 
 
-def dx_config(dy: Tensor, qw: QuantizedWeight, r: int) -> Config:
-    N, K = qw.shape
-    return usable(config_of("dx", dy.shape[0], N, K, r, dy.device), qw, dy)
-
-
-def add_panels(dy: Tensor, qw: QuantizedWeight, onto: Tensor | None) -> Tensor:
+def add_panels(dy: Tensor, layer: Layer, onto: Tensor | None) -> Tensor:
     """`dy W`, added to `onto` if it is given, a strip of columns at a time."""
-    N, K = qw.shape
+    N, K = layer.shape
     dx = dy.new_empty(dy.shape[0], K) if onto is None else onto
     strips = slices(K, N * dy.itemsize)
     panel = dy.new_empty(N * len(strips[0]))
     for cols in strips:
-        w = decode_panel(qw, range(N), cols, panel)
+        w = decode_panel(layer, range(N), cols, panel)
         strip = dx[:, cols.start : cols.stop]
         torch.mm(dy, w, out=strip) if onto is None else strip.addmm_(dy, w)
     return dx

@@ -1,4 +1,4 @@
-"""Every kernel with the settings it is shipped with, compiled ahead of time for a GPU that need not be there.
+"""Every Triton kernel with the settings it is shipped with, compiled for a GPU that need not be there.
 
 `shipped(arch)` runs the real ops on tensors without data and lists what they would launch on that GPU;
 `compile_build` compiles one of them and reads registers, spills, shared memory and instructions off the machine code.
@@ -21,21 +21,15 @@ import triton
 from torch import Tensor
 from triton.runtime.cache import get_cache_manager
 
-from ...formats import BLOCKSIZE2, QuantizedWeight
-from ...testing import Case
-from . import (
-    decode_absmax,
-    dequantize,
-    qlora_linear,
-    qlora_linear_backward,
-    qlora_linear_group,
-    qlora_linear_group_backward,
-    quantize,
-)
+from lora_kernels.backends.triton import decode_absmax, dequantize, qlora_linear, qlora_linear_backward, quantize
+from lora_kernels.backends.triton.launch import Launch, recording
+from lora_kernels.backends.triton.settings import Config, Gpu, forcing, tables
+from lora_kernels.backends.triton.tiles import table_asm
+from lora_kernels.formats import BLOCKSIZE2, FORMATS, QuantizedWeight
+from lora_kernels.layer import Layer
+from lora_kernels.testing import Case
 
-Layer = tuple[Any, ...]
-from .launch import Launch, forcing, recording
-from .settings import Config, tables
+from .sass import Compiled, instructions, main_loop, opcodes
 
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (1024, 4096), (576, 576), (1536, 576), (576, 1536))
 """(N, K) of the layers of an 8B and of a 135M model."""
@@ -43,8 +37,6 @@ ROWS = (1, 16, 17, 64, 256, 512, 4096)
 GLUON = ((256, 4), (128, 4))
 """block_m and stages of the gluon path."""
 RANKS = (8, 16, 32, 64, 256)
-SHARED_MEMORY = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 103: 232448, 120: 101376}
-"""Bytes of shared memory that one program may use."""
 POINTERS = {
     torch.float32: "*fp32",
     torch.float16: "*fp16",
@@ -53,9 +45,13 @@ POINTERS = {
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
-MATRIX = ("UTCHMMA", "UTCMMA", "HGMMA", "HMMA")
-COPIES = ("UTMALDG", "LDGSTS", "LDG")
-"""Loads from global memory: by the tensor copy engine, asynchronous to shared memory, to registers."""
+
+
+@functools.cache
+def _formats() -> dict[Any, str]:
+    """The format of each constant by which a kernel is compiled for one."""
+    permuted = {table_asm(f.code, dtype): name for name, f in FORMATS.items() for dtype in ("bf16", "f16")}
+    return permuted | {f.midpoints: name for name, f in FORMATS.items()}
 
 
 @dataclass(frozen=True)
@@ -79,12 +75,13 @@ class Build:
 
     @property
     def setting(self) -> str:
-        """Dtypes, tile, flags, and the sizes that are no multiple of 16, for a table."""
+        """Dtypes, tile, flags, format, and the sizes that are no multiple of 16, for a table."""
         types = dict(self.signature)
         dtypes = {t[1:] for t in types.values() if t in ("*fp16", "*bf16")} or {"fp32"}
         factors = {t[1:] for name in ("A", "B", "f", "factor") if (t := types.get(name, "")) in POINTERS.values()}
-        shown = {k: v for k, v in self.constants if v is not None and not k.islower() and k not in ("A", "B", "PTX")}
-        flags = [f"{k}={v}" if not isinstance(v, bool) else k for k, v in shown.items() if v is not False]
+        hidden = ("A", "B", "PTX", "ORDER")
+        shown = {k: v for k, v in self.constants if v is not None and v is not False and not k.islower() and k not in hidden}
+        flags = [_formats().get(v) or (k if v is True else f"{k}={v}") for k, v in shown.items()]
         aligned = {self.signature[i][0] for i in self.aligned}
         odd = [f"{k}%16" for k in ("N", "K", "C", "r") if types.get(k, "constexpr") != "constexpr" and k not in aligned]
         options = dict(self.options)
@@ -92,54 +89,23 @@ class Build:
         return " ".join([*words, f"warps={options['num_warps']}", f"stages={options['num_stages']}"])
 
 
-@dataclass(frozen=True)
-class Compiled:
-    """What the compiler made of a build for one architecture.
-
-    Attributes:
-        stack: bytes of stack frame a thread.
-        spills: loads and stores of local memory.
-        copies: how many instructions of each of `COPIES`.
-        per_weight: instructions of the main loop and lane for each weight it decodes, or None where it decodes none.
-    """
-
-    arch: int
-    registers: int
-    stack: int
-    spills: int
-    shared: int
-    matrix: str
-    copies: dict[str, int]
-    instructions: int
-    per_weight: float | None
-
-    def breaches(self) -> list[str]:
-        """A stack frame counts even without a spill: what lies there is read and written through memory."""
-        out = []
-        if self.stack or self.spills:
-            out.append(f"{self.spills} spills, {self.stack} bytes of stack")
-        if self.shared > SHARED_MEMORY[self.arch]:
-            out.append(f"{self.shared} bytes of shared memory, sm_{self.arch} has {SHARED_MEMORY[self.arch]}")
-        return out
-
-
 @functools.cache
 def shipped(arch: int) -> list[Build]:
     """Every kernel that the ops launch on sm_`arch`, once for each way it is compiled, tables of measured GPUs included."""
     launches: list[Launch] = []
     for gpu in ("", *tables.tuned(arch)):
-        with recording(arch, gpu) as found:
+        with recording(Gpu("nvidia", arch, gpu)) as found:
             for case in _cases():
                 _run(case)
             _run_group(Case(17, 4096, 4096), Case(4096, 4096, 4096), Case(4096, 4096, 4096, dropout=0.1))
             _run_storage()
         launches += found
-    with recording(arch) as found:
+    with recording(Gpu("nvidia", arch)) as found:
         for block_m, stages in GLUON:
             with forcing(qlora_linear=Config("gluon", block_m, 128, 64, warps=8, stages=stages)):
                 for case in _gluon_cases():
-                    x, _, layer = _inputs(case)
-                    qlora_linear(x, *layer)
+                    x, _, layer = inputs(case)
+                    qlora_linear(x, [layer])
     launches += [launch for launch in found if launch.kernel.__name__ == "linear_gluon"]
     return list(dict.fromkeys(map(build_of, launches)))
 
@@ -179,19 +145,19 @@ def _gluon_cases() -> Iterator[Case]:
 
 def _run(case: Case) -> None:
     """Forward, and backward where layers are trained: not with a few rows."""
-    x, dy, (qw, A, B, scaling, bias, p, seed) = _inputs(case)
-    _, h = qlora_linear(x, qw, A, B, scaling, bias, p, seed)
+    x, dy, layer = inputs(case)
+    _, hs = qlora_linear(x, [layer])
     if case.M >= 16:
-        needs = (True, case.r > 0, case.r > 0, case.bias)
-        qlora_linear_backward(dy, x, h if case.r else None, qw, A, B, scaling, p, seed, needs)
+        needs = (case.r > 0, case.r > 0, case.bias)
+        qlora_linear_backward([dy], x, hs if case.r else [None], [layer], True, [needs])
 
 
 def _run_group(*cases: Case) -> None:
     """Each case twice, on the same input."""
     for case in cases:
-        x, dy, layer = _inputs(case)
-        _, hs = qlora_linear_group(x, [layer, layer])
-        qlora_linear_group_backward([dy, dy], x, hs, [layer, layer], True, [(True, True, False)] * 2)
+        x, dy, layer = inputs(case)
+        _, hs = qlora_linear(x, [layer, layer])
+        qlora_linear_backward([dy, dy], x, hs, [layer, layer], True, [(True, True, False)] * 2)
 
 
 def _run_storage() -> None:
@@ -202,11 +168,11 @@ def _run_storage() -> None:
         for weight in (("nf4", 64, True), ("fp4", 64, True), ("nf4", 64, False), ("nf4", 256, True)):
             dequantize(meta_weight(4096, 4096, *weight), dtype)
     dequantize(meta_weight(33, 65, "nf4", 64, True), torch.bfloat16)
-    absmax, absmax2, code2, offset = (t for t in meta_weight(4096, 4096, "nf4", 64, True).op_args()[1:5])
-    decode_absmax(absmax, absmax2, code2, offset)
+    qw = meta_weight(4096, 4096, "nf4", 64, True)
+    decode_absmax(qw.absmax, qw.absmax2, qw.code2, qw.offset)
 
 
-def _inputs(case: Case) -> tuple[Tensor, Tensor, Layer]:
+def inputs(case: Case) -> tuple[Tensor, Tensor, Layer]:
     """x, dy and the layer of a case, without data."""
 
     def empty(*shape: int, dtype: torch.dtype = case.dtype) -> Tensor:
@@ -217,7 +183,8 @@ def _inputs(case: Case) -> tuple[Tensor, Tensor, Layer]:
     B = empty(case.N, case.r, dtype=case.lora_dtype) if case.r else None
     bias = empty(case.N, dtype=case.lora_dtype) if case.bias else None
     seed = empty(1, dtype=torch.int64) if case.dropout else None
-    return empty(case.M, case.K), empty(case.M, case.N), (qw, A, B, case.scaling, bias, case.dropout, seed)
+    layer = Layer.of(qw, A, B, case.scaling, bias, case.dropout, seed)
+    return empty(case.M, case.K), empty(case.M, case.N), layer
 
 
 def meta_weight(N: int, K: int, quant_type: str, blocksize: int, double_quant: bool) -> QuantizedWeight:
@@ -287,19 +254,16 @@ def compile_build(build: Build, arch: int) -> Compiled:
         text = Path(kept).read_text()
     found = re.search(r"REG:(\d+)\s+STACK:(\d+)", text)
     assert found, text
-    lines = instructions(text)
-    matrix = next((k for k in MATRIX if any(k in op for _, op in lines)), "-")
-    weights = _weights_per_lane(build)
+    lines, weights = instructions(text), _weights_per_lane(build)
+    ops = opcodes(lines)
     return Compiled(
         arch,
-        int(found[1]),
-        int(found[2]),
-        sum(op.startswith(("LDL", "STL")) for _, op in lines),
-        compiled.metadata.shared,
-        matrix,
-        {name: sum(op.split(None, 1)[0].split(".")[0] == name for _, op in lines) for name in COPIES},
-        len(lines),
-        None if weights is None else len(main_loop(text, lines)) / weights,
+        registers=int(found[1]),
+        stack=int(found[2]),
+        spills=ops["LDL"] + ops["STL"],
+        shared=compiled.metadata.shared,
+        instructions=ops,
+        per_weight=None if weights is None else len(main_loop(text, lines)) / weights,
     )
 
 
@@ -308,50 +272,6 @@ def _tool(name: str, *args: str) -> str:
 
     done = subprocess.run([Path(nvidia.__file__).parent / "bin" / name, *args], capture_output=True, text=True)
     return done.stdout + done.stderr
-
-
-def instructions(sass: str) -> list[tuple[int, str]]:
-    """(address, opcode and operands) of each machine instruction, predicates removed."""
-    found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][^;]*);", sass)
-    return [(int(address, 16), op) for address, op in found]
-
-
-def main_loop(sass: str, lines: list[tuple[int, str]]) -> list[str]:
-    """The instructions of the innermost loop with the most byte permutes: the one that decodes.
-
-    A loop with asynchronous loads comes first: an odd rank in 16 bits is put together with byte permutes too.
-    """
-    labels: dict[str, int] = {}
-    loops: list[tuple[int, int]] = []
-    pending: list[str] = []
-    for line in sass.splitlines():
-        label = re.match(r"\s*(\.L\w+):", line)
-        if label:
-            pending.append(label[1])
-            continue
-        at = re.search(r"/\*([0-9a-f]{4,})\*/\s+(@?\S.*);", line)
-        if not at:
-            continue
-        address = int(at[1], 16)
-        labels |= dict.fromkeys(pending, address)
-        pending = []
-        jump = re.search(r"BRA\S*\s.*`\((\.L\w+)\)", line)
-        if jump and labels.get(jump[1], address) < address:
-            loops.append((labels[jump[1]], address))
-
-    def body(loop: tuple[int, int]) -> list[str]:
-        return [op for address, op in lines if loop[0] <= address <= loop[1]]
-
-    bodies = [body(a) for a in loops if not any(b != a and a[0] <= b[0] and b[1] <= a[1] and _prmts(body(b)) for b in loops)]
-
-    def decodes(ops: list[str]) -> tuple[bool, int]:
-        return any(op.startswith("LDGSTS") for op in ops), _prmts(ops)
-
-    return max(bodies, key=decodes, default=[op for _, op in lines])
-
-
-def _prmts(ops: list[str]) -> int:
-    return sum(op.startswith("PRMT") for op in ops)
 
 
 def _weights_per_lane(build: Build) -> float | None:

@@ -1,5 +1,4 @@
-"""The Triton kernels in Triton's interpreter, on the CPU.  `test_triton.py` runs this file in a process of its own, because
-TRITON_INTERPRET must be set before Triton is imported."""
+"""The Triton kernels in Triton's interpreter, on the CPU: `emulators/interpreted.py` runs this file in a process of its own."""
 
 import importlib
 from dataclasses import replace
@@ -7,28 +6,33 @@ from itertools import chain
 
 import pytest
 import torch
-from helpers import COUNTS, assert_same_bits, run_ops
+from helpers import COUNTS, CPU, assert_same_bits, run_ops
+
+pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 
 import lora_kernels as lk
 from lora_kernels import backends
 from lora_kernels.backends import reference, triton
-from lora_kernels.backends.triton.dequantize import decode_panel
-from lora_kernels.backends.triton.launch import forcing
-from lora_kernels.backends.triton.settings import Config
-from lora_kernels.formats import BLOCKSIZES
+from lora_kernels.backends.triton import low_rank, settings
+from lora_kernels.backends.triton.dequantize import decode_panel, slices
+from lora_kernels.backends.triton.settings import Config, forcing
+from lora_kernels.formats import BLOCKSIZES, FORMATS, Format
+from lora_kernels.layer import Layer
 from lora_kernels.testing import Case, assert_close_to_oracle, assert_dx_of_group, make_inputs
 
-pytestmark = pytest.mark.usefixtures("poisoned", "on_triton")
+pytestmark = [pytest.mark.interpreted, pytest.mark.usefixtures("poisoned", "on_triton")]
 
-forward, adapter, quantizer = (
-    importlib.import_module(f"lora_kernels.backends.triton.{name}") for name in ("qlora_linear", "adapter", "quantize")
-)
+# the package has functions of these modules' names
+decoder, quantizer = (importlib.import_module(f"lora_kernels.backends.triton.{name}") for name in ("dequantize", "quantize"))
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 FLOATS = (FP32, FP16, BF16)
 
 
 @pytest.fixture
 def on_triton(monkeypatch):
+    if (reason := triton.unavailable(CPU)) is not None:
+        assert "interpreter of Triton 3.6 needs numpy before 2.4" in reason
+        pytest.skip(reason)
     monkeypatch.setattr(backends, "NAMES", tuple(dict.fromkeys((*backends.NAMES, "triton"))))
     with lk.use_backend("triton"):
         yield
@@ -138,10 +142,10 @@ def test_every_path_on_the_same_rows(case, path, seed):
 
 def test_panels_in_slices(monkeypatch, seed):
     """A weight above the cap is decoded a slice at a time, rows for y and columns for dx."""
-    monkeypatch.setattr(forward, "MAX_PANEL_BYTES", 16 << 10)
+    monkeypatch.setattr(decoder, "MAX_PANEL_BYTES", 16 << 10)
     for case in (Case(9, 96, 192, r=8, dtype=FP16, bias=True), Case(9, 95, 130, r=0, dtype=FP32, bias=True)):
         inputs = make_inputs(case, seed)
-        assert len(forward.slices(case.N, case.K * 2)) > 1
+        assert len(slices(case.N, case.K * 2)) > 1
         with forcing(qlora_linear=Config("panel"), dx=Config("panel")):
             assert_close_to_oracle(run_ops(inputs), inputs)
 
@@ -156,13 +160,48 @@ def test_same_input_same_bits(seed):
 
 def test_rows_in_slices(monkeypatch, seed):
     """Partial sums above their cap: `dy B` a slice of rows at a time, `dB` with more rows a program."""
-    monkeypatch.setattr(adapter, "MAX_PARTIAL_BYTES", 20 << 10)
-    slices = []
-    launch = adapter.launch
-    monkeypatch.setattr(adapter, "launch", lambda kernel, *args: (slices.append(kernel), launch(kernel, *args)))
+    for module in (settings, low_rank):
+        monkeypatch.setattr(module, "MAX_PARTIAL_BYTES", 20 << 10)
+    launched = []
+    launch = low_rank.launch
+    monkeypatch.setattr(low_rank, "launch", lambda kernel, *args: (launched.append(kernel), launch(kernel, *args)))
     inputs = make_inputs(Case(300, 130, 64, r=8, dtype=FP16, bias=True), seed)
-    assert_close_to_oracle(run_ops(inputs), inputs)
-    assert slices.count(adapter.read_once) == 3  # two slices of dy, and x
+    with settings.forcing(read_once=Config("", 64, 128, warps=8)):
+        assert_close_to_oracle(run_ops(inputs), inputs)
+    assert launched.count(low_rank.read_once) == 3  # two slices of dy, and x
+
+
+TWOS_COMPLEMENT = tuple(((i + 8) % 16 - 8) / 8 for i in range(16))
+
+
+@pytest.mark.parametrize("code", [TWOS_COMPLEMENT, tuple(sorted(TWOS_COMPLEMENT))], ids=["any order", "ascending"])
+def test_a_format_that_is_new(code, monkeypatch, seed):
+    """An entry of FORMATS is all that it takes."""
+    name = f"new{code[0]}"
+    monkeypatch.setitem(FORMATS, name, Format(code))
+    weight = torch.randn(33, 128)
+    qw = lk.quantize(weight, name)
+    with lk.use_backend("reference"):
+        want = lk.quantize(weight, name)
+        values = lk.dequantize(want, FP16)
+    assert_same_bits(qw.packed, want.packed)
+    assert_same_bits(lk.dequantize(qw, FP16), values)
+    for case in (Case(3, 33, 128, r=4, dtype=FP16, quant_type=name), Case(70, 33, 65, r=4, dtype=BF16, quant_type=name)):
+        inputs = make_inputs(case, seed)
+        assert_close_to_oracle(run_ops(inputs), inputs)
+
+
+@pytest.mark.parametrize("op", ["quantize", "dequantize", "qlora_linear"])
+def test_a_format_that_is_unknown(op):
+    qw = replace(lk.quantize(torch.randn(32, 64)), quant_type="nf5")
+    x = torch.randn(2, 64)
+    calls = {
+        "quantize": lambda: triton.quantize(x, "nf5", 64, False),
+        "dequantize": lambda: triton.dequantize(qw, FP16),
+        "qlora_linear": lambda: triton.qlora_linear(x, [Layer.of(qw)]),
+    }
+    with pytest.raises(ValueError, match="quant_type must be one of nf4, fp4, got 'nf5'"):
+        calls[op]()
 
 
 GROUPS = {
@@ -180,15 +219,15 @@ def test_group(group, rows, seed):
     cases = [Case(rows, n, 128, r=r, dtype=FP16, dropout=p, bias=n == 33) for n, r, p in GROUPS[group]]
     x = make_inputs(cases[0], seed).x
     inputs = [replace(make_inputs(case, seed + i), x=x) for i, case in enumerate(cases)]
-    layers = [(i.qw, i.lora_A, i.lora_B, i.case.scaling, i.bias, i.case.dropout, i.seed) for i in inputs]
+    layers = [Layer.of(i.qw, i.lora_A, i.lora_B, i.case.scaling, i.bias, i.case.dropout, i.seed) for i in inputs]
     needs = [(i.case.r > 0, i.case.r > 0, i.case.bias) for i in inputs]
     dys = [i.dy for i in inputs]
     paths = {"qlora_linear": Config("panel"), "dx": Config("panel")} if rows == 70 else {}
     with forcing(**paths):  # where adapters are stacked
-        ys, hs = triton.qlora_linear_group(x, layers)
-        dx, *grads = triton.qlora_linear_group_backward(dys, x, hs, layers, True, needs)
-    want_ys, want_hs = reference.qlora_linear_group(x, layers)
-    want_dx, *want = reference.qlora_linear_group_backward(dys, x, want_hs, layers, True, needs)
+        ys, hs = triton.qlora_linear(x, layers)
+        dx, *grads = triton.qlora_linear_backward(dys, x, hs, layers, True, needs)
+    want_ys, want_hs = reference.qlora_linear(x, layers)
+    want_dx, *want = reference.qlora_linear_backward(dys, x, want_hs, layers, True, needs)
     for got, expected in zip([dx, *ys, *hs, *chain(*grads)], [want_dx, *want_ys, *want_hs, *chain(*want)], strict=True):
         assert (got is None) == (expected is None)
         if got is not None and got.numel():
