@@ -75,7 +75,6 @@ make = functools.partial(tuple.__new__, Layer)
 """A layer of the tuple of all its fields, in a third of the time of `Layer(...)`, which counts in a layer with one row."""
 N_WEIGHT = FIELDS.index("lora_A")
 """How many fields are the weight's."""
-TENSORS = ("packed", "absmax", "absmax2", "code2", "offset", "lora_A", "lora_B", "bias", "seed")
 
 _SCHEMA = {
     "packed": "Tensor",
@@ -93,6 +92,8 @@ _SCHEMA = {
     "dropout_p": "float",
     "seed": "Tensor?",
 }
+"""The type of each field in the schema of an op."""
+TENSORS = tuple(name for name in FIELDS if _SCHEMA[name].startswith("Tensor"))
 
 
 def schema(*without: str, weight_only: bool = False) -> str:
