@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 
 from . import backends
 from .formats import DYNAMIC_MAP, WEIGHT_DTYPES, QuantizedWeight, check_storage
-from .layer import FIELDS, TENSORS, Layer, to_args, to_lists
+from .layer import FIELDS, TENSORS, Layer, to_args, to_lists, wants
 from .ops import PLAIN, check_quantize
 from .ops import call as _ops
 
@@ -156,9 +156,13 @@ def qlora_linear_group(
 def linears(x: Tensor, layers: Sequence[Layer]) -> list[Tensor]:
     """`qlora_linear_group` of layers in parts; a seed that is None is drawn where there is dropout."""
     if type(x) in PLAIN and not torch.compiler.is_compiling():
-        at_once = getattr(backends.pick("qlora_linear", x.device), "qlora_linear_autograd", None)
-        if at_once is not None and (ys := at_once(x, layers)) is not None:
-            return ys
+        device, what = x.device, wants(layers)
+        backend = backends.pick("qlora_linear", device, *what)
+        at_once = getattr(backend, "qlora_linear_autograd", None)
+        if at_once and (not torch.is_grad_enabled() or backends.pick("qlora_linear_backward", device, *what) is backend):
+            ys = at_once(x, layers)
+            if ys is not None:
+                return ys
     ready = []
     for one in layers:
         x = _checked_input(x, one.shape)

@@ -120,7 +120,7 @@ def check_quant_type(quant_type: str) -> str:
     return quant_type
 
 
-def check_blocksize(blocksize: int, quant_type: str = "nf4") -> int:
+def check_blocksize(blocksize: int, quant_type: str) -> int:
     accepted = format_of(quant_type).blocksizes
     if isinstance(blocksize, bool) or not isinstance(blocksize, int) or blocksize not in accepted:
         raise ValueError(f"blocksize must be one of {', '.join(map(str, accepted))}, got {blocksize!r}")

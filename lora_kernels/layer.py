@@ -96,6 +96,16 @@ _SCHEMA = {
 TENSORS = tuple(name for name in FIELDS if _SCHEMA[name].startswith("Tensor"))
 
 
+def wants(layers: Sequence[Layer]) -> tuple[str, ...]:
+    """What a backend must know to compute these layers (`lora_kernels.backends.pick`): their formats.
+
+    A field that some backends do not compute belongs here: its name, where a layer has it.
+    """
+    if len(layers) == 1:
+        return (str(layers[0].quant_type),)
+    return tuple(dict.fromkeys(str(one.quant_type) for one in layers))
+
+
 def schema(*without: str, weight_only: bool = False) -> str:
     """The arguments by which a registered op takes a layer, or its weight alone."""
     names = FIELDS[:N_WEIGHT] if weight_only else FIELDS

@@ -74,7 +74,8 @@ def check_quantize(weight: Tensor, quant_type: str, blocksize: int) -> None:
 
 def _quantize(weight: Tensor, quant_type: str, blocksize: int, double_quant: bool) -> tuple[Tensor, ...]:
     check_quantize(weight, quant_type, blocksize)
-    parts = backends.pick("quantize", weight.device).quantize(weight.contiguous(), quant_type, blocksize, double_quant)
+    backend = backends.pick("quantize", weight.device, quant_type)
+    parts = backend.quantize(weight.contiguous(), quant_type, blocksize, double_quant)
     return tuple(weight.new_empty(0, dtype=torch.float32) if t is None else t for t in parts)
 
 
@@ -135,7 +136,7 @@ def _dequantize(*args: Any) -> Tensor:
     *parts, dtype = args
     qw = layer.weight_from_args(parts)
     check_dequantize(qw, dtype)
-    return backends.pick("dequantize", qw.device).dequantize(qw, dtype)
+    return backends.pick("dequantize", qw.device, qw.quant_type).dequantize(qw, dtype)
 
 
 def _dequantize_fake(*args: Any) -> Tensor:
@@ -235,7 +236,8 @@ def _contiguous(one: Layer) -> Layer:
 
 def _linear(x: Tensor, layers: Sequence[Layer]) -> tuple[list[Tensor], list[Tensor]]:
     check_qlora_linear(x, layers)
-    return backends.pick("qlora_linear", x.device).qlora_linear(x.contiguous(), [_contiguous(one) for one in layers])
+    backend = backends.pick("qlora_linear", x.device, *layer.wants(layers))
+    return backend.qlora_linear(x.contiguous(), [_contiguous(one) for one in layers])
 
 
 def _linear_fake(x: Tensor, layers: Sequence[Layer]) -> tuple[list[Tensor], list[Tensor]]:
@@ -297,7 +299,7 @@ def _backward(
     x = x.contiguous() if x is not None and any(need_dA for need_dA, _, _ in needs) else None
     hs = [h.contiguous() if h is not None and need_dB else None for h, (_, need_dB, _) in zip(hs, needs, strict=True)]
     dys, layers = [dy.contiguous() for dy in dys], [_contiguous(one) for one in layers]
-    backend = backends.pick("qlora_linear_backward", dys[0].device)
+    backend = backends.pick("qlora_linear_backward", dys[0].device, *layer.wants(layers))
     dx, dAs, dBs, dbiases = backend.qlora_linear_backward(dys, x, hs, layers, need_dx, needs)
     return tuple(dys[0].new_empty(0) if g is None else g for g in (dx, *dAs, *dBs, *dbiases))
 

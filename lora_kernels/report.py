@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from . import backends
+from .layer import wants
 from .model import is_bitsandbytes, is_peft, matches
 from .nn import FusedQLoRALinear
 
@@ -68,7 +69,7 @@ def verify(model: nn.Module, strict: bool = False, exclude_modules: str | Sequen
     rows: list[Row] = []
     done: set[str] = set()
     for name, module in model.named_modules():
-        if any(p in done for p in _parents(name)):
+        if any(p in done for p in ("", *_parents(name))):
             continue
         row = _row(name, module, any(matches(p, exclude_modules) for p in _parents(name)))
         if row is not None:
@@ -118,16 +119,17 @@ def _fused_row(name: str, layer: nn.Module) -> Row:
     """The row of a layer of ours; layers of `integrations` say through `fused_state` what they can't compute in one call."""
     kind, problem = type(layer).__name__, None
     if isinstance(layer, FusedQLoRALinear):
-        weight, adapter = layer.quantized_weight, layer.active_adapter
+        weight, adapter, what = layer.quantized_weight, layer.active_adapter, wants([layer.as_layer()])
         why = "adapter in the same call" if adapter and layer.adapters_enabled else "no active adapter"
         if layer.merged:
             why = "adapter merged into the 4-bit weight"
     else:
         weight, adapter, why, problem = layer.fused_state()  # type: ignore[operator]
+        what = (weight.quant_type,)
     format = (weight.quant_type, weight.blocksize)
     device = weight.device
     try:
-        forward, backward = (backends.picked(op, device) for op in ("qlora_linear", "qlora_linear_backward"))
+        forward, backward = (backends.picked(op, device, *what) for op in ("qlora_linear", "qlora_linear_backward"))
     except RuntimeError as e:
         return Row(name, kind, False, None, adapter, str(e), *format)
     backend = forward if forward == backward else f"{forward}, backward {backward}"
@@ -135,6 +137,6 @@ def _fused_row(name: str, layer: nn.Module) -> Row:
         problem = "DeepSpeed's ZeRO-3 holds the weight in parts, which 4-bit layers can't be computed from: use ZeRO-2 or FSDP2"
     elif "reference" in (forward, backward):
         op = "qlora_linear" if forward == "reference" else "qlora_linear_backward"
-        better = [f"{n}: {why}" for n, why in backends.choices(op, device) if why]
+        better = [f"{n}: {why}" for n, why in backends.choices(op, device, *what) if why]
         problem = "plain torch is forced" if backends.forced() else f"plain torch, because {'; '.join(better)}"
     return Row(name, kind, problem is None, backend, adapter, problem or why, *format)

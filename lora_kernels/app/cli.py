@@ -273,7 +273,7 @@ def quantize(
     from .load import load_quantized
 
     check_quant_type(quant_type)
-    check_blocksize(blocksize)
+    check_blocksize(blocksize, quant_type)
     check_new_folder(out)
     quant: dict[str, Any] = {"quant_type": quant_type, "blocksize": blocksize, "double_quant": double_quant}
     loaded, tokenizer, already = load_quantized(model, **quant)

@@ -93,7 +93,7 @@ class Settings:
     def __post_init__(self) -> None:
         AdapterConfig(self.r, self.lora_alpha, self.lora_dropout, self.use_rslora)
         check_quant_type(self.quant_type)
-        check_blocksize(self.blocksize)
+        check_blocksize(self.blocksize, self.quant_type)
         for name in ("max_steps", "min_steps", "batch_size", "grad_accum", "save_steps"):
             self._check(name, "at least 1", lambda v: v >= 1)
         self._check("max_length", "at least 2", lambda v: v >= 2)

@@ -1,8 +1,10 @@
 """Which backend computes an op: the first one, in the order below, that has the op and can run on the device.
 
 A backend is a module that has `unavailable(device)`, which says why it can't run there, or None, and some of the functions of
-`OPS`, as `reference` defines them.  A single layer is a list of one.  It may also have `qlora_linear_autograd` (see
-`lora_kernels.autograd`).
+`OPS`, as `reference` defines them.  A single layer is a list of one.  It may also have
+
+- `lacks(want)`: why it can't compute with a format or a kind of layer (see `lora_kernels.layer.wants`), or None;
+- `qlora_linear_autograd`: the linear layer with its gradient (see `lora_kernels.autograd`).
 """
 
 from __future__ import annotations
@@ -43,41 +45,48 @@ def forced() -> str | None:
     return name
 
 
-def pick(op: str, device: torch.device) -> ModuleType:
+def pick(op: str, device: torch.device, *wants: str) -> ModuleType:
     """The backend that computes `op`, one of `OPS`, on `device`.
+
+    Args:
+        wants: what it must know besides, such as the `quant_type` of a weight.
 
     Raises:
         RuntimeError: a backend is forced that can't.
     """
     name = forced()
     if name is not None:
-        if (reason := why_not(name, op, device)) is not None:
+        if (reason := why_not(name, op, device, *wants)) is not None:
             raise RuntimeError(f"backend {name!r} is forced but can't run on {device}: {reason}")
         return load(name)
-    return best(op, device)
+    return best(op, device, *wants)
 
 
 @functools.cache
-def best(op: str, device: torch.device) -> ModuleType:
+def best(op: str, device: torch.device, *wants: str) -> ModuleType:
     """The first backend of `device` that can compute `op`: what `pick` gives where none is forced."""
-    return load(next(name for name in order(device) if why_not(name, op, device) is None))
+    return load(next(name for name in order(device) if why_not(name, op, device, *wants) is None))
 
 
-def picked(op: str, device: torch.device) -> str:
+def picked(op: str, device: torch.device, *wants: str) -> str:
     """The name of the backend that `pick` gives."""
-    return pick(op, device).__name__.rpartition(".")[2]
+    return pick(op, device, *wants).__name__.rpartition(".")[2]
 
 
-def why_not(name: str, op: str, device: torch.device) -> str | None:
+def why_not(name: str, op: str, device: torch.device, *wants: str) -> str | None:
     """Why a backend can't compute `op` on `device`, or None."""
     backend = load(name)
     reason: str | None = backend.unavailable(device)
-    return f"it has no {op}" if reason is None and not hasattr(backend, op) else reason
+    if reason is None and not hasattr(backend, op):
+        return f"it has no {op}"
+    if reason is None and hasattr(backend, "lacks"):
+        return next(filter(None, map(backend.lacks, wants)), None)
+    return reason
 
 
-def choices(op: str, device: torch.device) -> list[tuple[str, str | None]]:
+def choices(op: str, device: torch.device, *wants: str) -> list[tuple[str, str | None]]:
     """Each backend of `device`, best first, with the reason why it can't compute `op`, or None."""
-    return [(name, why_not(name, op, device)) for name in order(device)]
+    return [(name, why_not(name, op, device, *wants)) for name in order(device)]
 
 
 @contextmanager

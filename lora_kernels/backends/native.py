@@ -11,6 +11,7 @@ import platform
 import shlex
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.machinery import EXTENSION_SUFFIXES
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -100,13 +101,14 @@ def _load() -> tuple[Any, str | None]:
         if fields != FIELDS:
             raise ImportError(f"it was built for other fields of a layer, {', '.join(fields)} in place of {', '.join(FIELDS)}")
         module.cpu_level()
-        for name in FORMATS:
-            _define(module, name)
     except ModuleNotFoundError:
         reason = mismatch() or f"{MODULE} is not found: {BUILD}"
     except ImportError as e:  # a shared library is missing, or torch is not what its version says
         reason = f"the C++ extension can't be loaded with torch {torch.__version__}: {e}; build it again: {BUILD}"
     else:
+        for name in FORMATS:
+            with suppress(ValueError):  # of one that it can't compute with, which `lacks` tells
+                _define(module, name)
         return module, None
     _warn(reason)
     return None, reason
@@ -118,12 +120,23 @@ def _define(module: Any, name: str) -> None:
 
 
 def define(name: str) -> None:
-    """Tells the extension of a format that was added to FORMATS after it was loaded.
+    """Tells the extension of a format that may have been added to FORMATS since it was loaded.
 
     Raises:
         ValueError: there is no such format, the extension can't compute with it, or it knows another one of that name.
     """
     _define(extension(), name)
+
+
+def lacks(want: str) -> str | None:
+    """Why the extension can't compute with a format, or None."""
+    if want not in FORMATS:
+        return f"it does not compute {want}"
+    try:
+        define(want)
+    except ValueError as e:
+        return str(e)
+    return None
 
 
 @functools.cache

@@ -86,7 +86,7 @@ class QLoRAQuantConfig(QuantizationConfigMixin):
         self.quant_method = METHOD
         self.quant_type = check_quant_type(quant_type)
         self.double_quant = bool(double_quant)
-        self.blocksize = check_blocksize(blocksize)
+        self.blocksize = check_blocksize(blocksize, quant_type)
         self.quant_storage = _dtype("quant_storage", quant_storage, STORAGE_DTYPES) or torch.uint8
         self.compute_dtype = _dtype("compute_dtype", compute_dtype, WEIGHT_DTYPES)
         if isinstance(modules_to_not_convert, str):

@@ -5,12 +5,13 @@ import threading
 
 import pytest
 import torch
-from helpers import CPU, python
+from helpers import CPU, assert_same_bits, python
 from torch import nn
 
 import lora_kernels as lk
 from lora_kernels import backends, env, testing
 from lora_kernels.backends import reference
+from lora_kernels.formats import FORMATS, Format
 
 
 @pytest.fixture(autouse=True)
@@ -32,25 +33,24 @@ def name_of(module):
 
 
 @pytest.mark.parametrize("name", backends.NAMES)
-def test_every_backend_has_every_op(name):
+def test_a_backend_is_what_the_package_says(name):
     module = backends.load(name)
-    for op in (*backends.OPS, "unavailable"):
-        assert callable(getattr(module, op))
+    assert callable(module.unavailable)
+    assert any(callable(getattr(module, op, None)) for op in backends.OPS)
+    assert name != "reference" or all(hasattr(module, op) for op in backends.OPS)
+    assert getattr(module, "lacks", lambda want: None)("nf4") is None
 
 
 @pytest.mark.parametrize("lacking", backends.OPS)
 def test_an_op_that_a_backend_lacks_falls_to_the_next(lacking, monkeypatch):
     """What a new op is on the day on which one backend has it."""
-    first = backends.picked(lacking, CPU)
+    before = {op: backends.picked(op, CPU) for op in backends.OPS}
+    first = before[lacking]
     if first == "reference":
         pytest.skip("there is one backend")
     monkeypatch.delattr(backends.load(first), lacking)
-    monkeypatch.setattr(backends.load(first), "qlora_linear_autograd", lambda x, layers: None, raising=False)
     after = backends.order(CPU)[backends.order(CPU).index(first) + 1]
-    assert backends.picked(lacking, CPU) == after
-    assert {op: backends.picked(op, CPU) for op in backends.OPS if op != lacking} == dict.fromkeys(
-        set(backends.OPS) - {lacking}, first
-    )
+    assert {op: backends.picked(op, CPU) for op in backends.OPS} == before | {lacking: after}
     inputs = testing.make_inputs(testing.Case(5, 48, 64, r=4, bias=True))
     x, A, B = (t.requires_grad_() for t in (inputs.x, inputs.lora_A, inputs.lora_B))
     y = lk.qlora_linear(x, inputs.qw, A, B, inputs.case.scaling, inputs.bias)
@@ -68,6 +68,32 @@ def test_an_op_that_a_backend_lacks_falls_to_the_next(lacking, monkeypatch):
         pytest.raises(RuntimeError, match=f"{first!r} is forced but can't run on cpu: it has no {lacking}"),
     ):
         backends.pick(lacking, CPU)
+
+
+def test_a_format_that_a_backend_lacks_falls_to_the_next(monkeypatch):
+    """Blocks of 16 elements are none that compiled code takes; layers of other formats are computed as before."""
+    first = backends.picked("qlora_linear", CPU, "nf4")
+    if first != "native":
+        pytest.skip("the C++ extension is not built")
+    monkeypatch.setitem(FORMATS, "fine4", Format(FORMATS["nf4"].code, blocksizes=(16, 32)))
+    weight = torch.randn(48, 96)
+    fine, usual = lk.quantize(weight, "fine4", 16, double_quant=False), lk.quantize(weight, "nf4", 32)
+    assert_same_bits(fine.dequantize(), testing.decode(fine, torch.float32))
+    x = torch.randn(5, 96, requires_grad=True)
+    ys = lk.qlora_linear_group(x, [fine, usual])
+    for qw, y in zip((fine, usual), ys, strict=True):
+        for got in (y, lk.qlora_linear(x, qw)):
+            torch.testing.assert_close(got, x @ testing.decode(qw, torch.float32).T)
+    for what, name in (("fine4", "reference"), ("nf4", "native")):
+        assert {backends.picked(op, CPU, what) for op in backends.OPS} == {name}
+    layer = lk.FusedQLoRALinear(96, 48, quant_type="fine4", blocksize=16)
+    (row,) = lk.verify(layer).rows
+    assert (row.backend, row.fused, row.format) == ("reference", False, "fine4/16")
+    assert row.reason.startswith("plain torch, because native: format 'fine4' must have blocks of a power of two")
+    with lk.use_backend("native"), pytest.raises(RuntimeError, match="'native' is forced but can't run on cpu: format 'fine4'"):
+        layer(x)
+    with pytest.raises(ValueError, match="blocksize must be one of 16, 32, got 64"):
+        lk.quantize(weight, "fine4")
 
 
 def test_best_first():

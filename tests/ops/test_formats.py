@@ -189,7 +189,7 @@ def test_damaged_state_dict():
         ({"weight.nested_quant_map": torch.zeros(16)}, ValueError, r"code2 must be float32 \[256\]"),
         ({"weight": good["weight"].int()}, ValueError, "must be stored as one of uint8, bfloat16"),
         (meta(blocksize=48), ValueError, "blocksize must be one of 32, 64.*got 48"),
-        (meta(quant_type="int4"), ValueError, "quant_type must be one of nf4, fp4, got 'int4'"),
+        (meta(quant_type="int4"), ValueError, r"quant_type must be one of nf4, fp4.*got 'int4'"),
         (meta(dtype="float64"), ValueError, "dtype must be one of float32, float16, bfloat16"),
         (meta(dtype="nonsense"), ValueError, "dtype must be one of"),
         (meta(nested_blocksize=128), ValueError, "nested_blocksize must be 256, got 128"),

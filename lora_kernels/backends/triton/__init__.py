@@ -11,6 +11,7 @@ import importlib.util
 
 import torch
 
+from ...formats import FORMATS
 from ...requirements import PIP, installed, missing, numbers
 
 MINIMUM_CAPABILITY = (8, 0)
@@ -21,9 +22,14 @@ if importlib.util.find_spec("triton") is not None:
     from .qlora_linear import qlora_linear, qlora_linear_backward
     from .quantize import quantize
 
-    __all__ = ["decode_absmax", "dequantize", "qlora_linear", "qlora_linear_backward", "quantize", "unavailable"]
+    __all__ = ["decode_absmax", "dequantize", "lacks", "qlora_linear", "qlora_linear_backward", "quantize", "unavailable"]
 else:
-    __all__ = ["unavailable"]
+    __all__ = ["lacks", "unavailable"]
+
+
+def lacks(want: str) -> str | None:
+    """Why the kernels can't compute with a format, or None."""
+    return None if want in FORMATS else f"it does not compute {want}"
 
 
 @functools.cache

@@ -117,7 +117,8 @@ def current_gpu(device: torch.device) -> Gpu:
 
 def has_ptx() -> bool:
     """Whether the kernels may use NVIDIA's instructions."""
-    return not INTERPRET.value and torch.version.hip is None
+    vendor = _recording.gpu.vendor if _recording is not None else "amd" if torch.version.hip is not None else "nvidia"
+    return not INTERPRET.value and vendor == "nvidia"
 
 
 def rank_block(r: int, most: int) -> int:
