@@ -11,6 +11,7 @@ import platform
 import shlex
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.machinery import EXTENSION_SUFFIXES
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -101,7 +102,8 @@ def _load() -> tuple[Any, str | None]:
             raise ImportError(f"it was built for other fields of a layer, {', '.join(fields)} in place of {', '.join(FIELDS)}")
         module.cpu_level()
         for name in FORMATS:
-            _define(module, name)
+            with suppress(ValueError):  # one that it can't compute with: a call that names it raises, the others go on
+                _define(module, name)
     except ModuleNotFoundError:
         reason = mismatch() or f"{MODULE} is not found: {BUILD}"
     except ImportError as e:  # a shared library is missing, or torch is not what its version says
