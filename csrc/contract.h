@@ -47,9 +47,11 @@ inline bool check_weight(const Layer& l) {
   const auto [N, K] = l.shape;
   if (N < 1 || K < 1) return false;
   if (l.blocksize < 1 || (l.blocksize & (l.blocksize - 1)) || !(l.blocksize & l.quant_type->blocksizes)) return false;
-  const int64_t numel = N * K, n_blocks = (numel + l.blocksize - 1) / l.blocksize;
-  if (!is_plain(l.packed) || static_cast<int64_t>(l.packed.nbytes()) != (numel + 1) / 2) return false;
-  if (!l.absmax2) return holds(l.absmax, at::kFloat, n_blocks);
+  int64_t numel = 0;
+  if (__builtin_mul_overflow(N, K, &numel)) return false;
+  const int64_t n_blocks = (numel - 1) / l.blocksize + 1;
+  if (!is_plain(l.packed) || static_cast<int64_t>(l.packed.nbytes()) != numel / 2 + numel % 2) return false;
+  if (!l.absmax2) return !l.code2 && !l.offset && holds(l.absmax, at::kFloat, n_blocks);
   return holds(l.absmax, at::kByte, n_blocks) && holds(l.absmax2, at::kFloat, (n_blocks + 255) / 256) &&
          holds(l.code2, at::kFloat, 256) && holds(l.offset, at::kFloat, 1);
 }

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cstring>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -59,9 +60,12 @@ bool read(PyObject* item, std::array<int64_t, 2>& shape) {
          read(PyTuple_GET_ITEM(item, 1), shape[1]);
 }
 bool read(PyObject* item, const Format*& format) {
-  const char* name = PyUnicode_Check(item) ? PyUnicode_AsUTF8(item) : nullptr;
-  if (name) format = &format_of(name);
-  return name;
+  Py_ssize_t length = 0;
+  const char* name = PyUnicode_Check(item) ? PyUnicode_AsUTF8AndSize(item, &length) : nullptr;
+  if (!name) return false;
+  if (std::strlen(name) != static_cast<size_t>(length)) throw std::invalid_argument("quant_type must have no zero byte");
+  format = &format_of(name);
+  return true;
 }
 
 const char* wanted(const Tensor&) { return "a torch.Tensor"; }
@@ -135,6 +139,7 @@ std::optional<std::vector<Tensor>> linear_autograd(Tensor x, py::handle layers) 
 
 void define(const std::string& name, const std::array<float, 16>& code, const std::array<uint8_t, 16>& order,
             const std::vector<int64_t>& blocksizes) {
+  if (name.find('\0') != std::string::npos) throw std::invalid_argument("a format's name must have no zero byte");
   define_format(name.c_str(), code.data(), order.data(), blocksizes.data(), static_cast<int>(blocksizes.size()));
 }
 

@@ -256,6 +256,10 @@ class QuantizedWeight:
             meta = json.loads(bytes(sd[found[0]].tolist()))
         except ValueError as e:
             raise ValueError(f"{found[0]} is damaged: {e}") from None
+        if not isinstance(meta, dict):
+            raise ValueError(f"{found[0]} is damaged: it is no JSON object")
+        if lacking := [name for name in ("blocksize", "dtype", "quant_type", "shape") if name not in meta]:
+            raise ValueError(f"{found[0]} is damaged: it has no {', '.join(lacking)}")
 
         def get(name: str) -> Tensor:
             key = f"{prefix}.{name}" if name else prefix

@@ -393,7 +393,19 @@ class FusedQLoRALinear(PackedWeight, nn.Module):
             self._unmerged = self._unmerged.to(self.weight.device)
         return self
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Takes what earlier versions pickled too: `group` was private there, `_shortcut` led to the matrices of an adapter."""
+        state = {name: value for name, value in state.items() if name not in ("_group", "_shortcut")} | {
+            "group": state.get("group", state.get("_group"))
+        }
+        super().__setstate__(state)
+
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         saved = (self._unmerged or self.quantized_weight).state_dict(f"{prefix}weight")
         destination.update({k: v if keep_vars else v.detach() for k, v in saved.items()})
+
+
+def _new_gated_mlp(cls: type) -> Any:
+    """An object of `cls`: earlier versions pickled the MLP blocks of a grouped model as calls of this function."""
+    return object.__new__(cls)

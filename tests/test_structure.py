@@ -12,6 +12,8 @@ from structure import CORE, EXCEPTIONS, LAYERS, Arrow, Graph
 
 ROOT = Path(__file__).parent.parent
 TESTS = sorted([*ROOT.glob("tests/**/test_*.py"), *ROOT.glob("bench/**/test_*.py")])
+BESIDE = sorted({*ROOT.glob("tests/**/*.py")} - {*TESTS})
+"""What tests share."""
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +62,8 @@ def test_triton_needs_no_other_backend(graph: Graph) -> None:
     none_of(a for a in found if not a.target.startswith(triton))
 
 
-@pytest.mark.parametrize("file", TESTS, ids=lambda f: str(f.relative_to(ROOT)))
-def test_no_test_file_imports_another(file: Path) -> None:
+@pytest.mark.parametrize("file", [*TESTS, *BESIDE], ids=lambda f: str(f.relative_to(ROOT)))
+def test_no_file_imports_a_test(file: Path) -> None:
     """What two of them use is in helpers.py, fixtures in conftest.py, which no file imports."""
     others = {"conftest", *(t.stem for t in TESTS)}
     found = []

@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -162,8 +163,11 @@ def _from_pretrained(
         from ..integrations.quantizer import QLoRAQuantConfig
 
         options = options | {"quantization_config": QLoRAQuantConfig(**quant, own_layers=True)}
-    auto, dtype_option = _auto_class(config), "auto" if dtype is None else dtype
-    model, info = auto.from_pretrained(where, dtype=dtype_option, output_loading_info=True, **options)
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # its own error does not say which
+    model, info = _auto_class(config).from_pretrained(where, dtype="auto" if dtype is None else dtype, **options)
+    if info["mismatched_keys"]:
+        key, given, wanted = min(info["mismatched_keys"])
+        raise ValueError(f"{key} is {list(given)}, the model has {list(wanted)} there")
     if info["missing_keys"]:  # transformers fills them with random numbers
         raise ValueError(f"the weights lack {', '.join(sorted(info['missing_keys'])[:5])}")
     if quant is not None:  # from here on it is a model like any other, whose layers happen to be ours
@@ -226,12 +230,15 @@ def _is_local(model: str) -> bool:
     return Path(model).exists() or model.endswith(".gguf") or model.startswith(("/", ".", "~")) or model.count("/") > 1
 
 
+_UNFIT = (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError, ImportError)
+
+
 @contextmanager
 def _errors(what: str) -> Iterator[None]:
     """One line in place of the many kinds of errors by which a loader says that its input is unfit."""
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError, ImportError, SafetensorError) as e:
+    except (*_UNFIT, SafetensorError, UnpicklingError) as e:
         raise ValueError(f"{what}: {str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__}") from e
 
 

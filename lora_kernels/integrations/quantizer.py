@@ -148,7 +148,13 @@ class Quantize(_Convert):
         config, out = self.hf_quantizer.quantization_config, {}
         for name, value in input_dict.items():
             weight = value[0] if isinstance(value, list) else value
-            if isinstance(model.get_submodule(name.removesuffix(".weight")), Conv1D):
+            dense = model.get_submodule(name.removesuffix(".weight"))
+            if weight.shape != dense.weight.shape:
+                self.hf_quantizer.problems.append(
+                    f"{name} is {list(weight.shape)}, the model has {list(dense.weight.shape)} there"
+                )
+                continue
+            if isinstance(dense, Conv1D):
                 weight = weight.T.contiguous()
             try:
                 qw = quantize(weight, config.quant_type, config.blocksize, config.double_quant, config.quant_storage)
@@ -170,7 +176,10 @@ class Deserialize(_Convert):
             packed = full_layer_name.removesuffix(".weight") in self.hf_quantizer.targets and weight.shape != want.shape
             if not packed:
                 return {"weight": weight.to(want.dtype)}
-        if weight is None or not isinstance(module, (nn.Linear, Conv1D)):
+        if weight is None:
+            self.hf_quantizer.problems.append(f"{full_layer_name} is missing: the 4-bit weight was saved incompletely")
+            return {}
+        if not isinstance(module, (nn.Linear, Conv1D)):
             return input_dict
         try:
             named = {full_layer_name + k.removeprefix("weight"): v for k, v in tensors.items()}

@@ -206,10 +206,15 @@ def edit(file, **changes):
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
-def leave_out_a_weight(f):
-    tensors = load_file(f / "model.safetensors")
-    del tensors["model.layers.0.mlp.up_proj.weight"]
-    save_file(tensors, f / "model.safetensors", metadata={"format": "pt"})
+def change_weights(f, changes):
+    tensors = load_file(f / "model.safetensors") | changes
+    given = {name: t for name, t in tensors.items() if t is not None}
+    save_file(given, f / "model.safetensors", metadata={"format": "pt"})
+
+
+def store_a_path(f):
+    torch.save({"model.norm.weight": f}, f / "pytorch_model.bin")
+    (f / "model.safetensors").unlink()
 
 
 MODELS = {
@@ -217,7 +222,20 @@ MODELS = {
     "no config": (lambda f: (f / "config.json").unlink(), "no config.json"),
     "damaged config": (lambda f: (f / "config.json").write_text("{"), "is damaged"),
     "torn weights": (lambda f: os.truncate(f / "model.safetensors", 1000), "can't be loaded"),
-    "a weight left out": (leave_out_a_weight, "lack model.layers.0.mlp.up_proj.weight"),
+    "a weight left out": (
+        lambda f: change_weights(f, {"model.layers.0.mlp.up_proj.weight": None}),
+        "lack model.layers.0.mlp.up_proj.weight",
+    ),
+    "a weight of another shape": (
+        lambda f: change_weights(f, {"model.norm.weight": torch.ones(63)}),
+        "model.norm.weight is [63], the model has [64] there",
+    ),
+    "a projection of another shape": (
+        lambda f: change_weights(f, {"model.layers.0.mlp.up_proj.weight": torch.ones(3, 5)}),
+        "up_proj.weight is [3, 5], the model has [128, 64] there",
+    ),
+    "weights that run code": (store_a_path, "can't be loaded: Weights only load failed"),
+    "quantized, in a word": (lambda f: edit(f / "config.json", quantization_config="nf4"), "can't be loaded"),
     "no tokenizer": (lambda f: [p.unlink() for p in f.glob("tokenizer*")], "tokenizer"),
     "GPTQ": (lambda f: edit(f / "config.json", quantization_config={"quant_method": "gptq"}), "quantized ('gptq'"),
     "4 bits without bytes": (

@@ -48,8 +48,10 @@ BAD = {
     "shape of 1 number": {"shape": (384,)},
     "shape of other K": {"shape": (6, 63)},
     "shape of no rows": {"shape": (0, 64)},
+    "shape whose product wraps round": {"shape": (2**58, 64), "packed": GOOD.packed[:0], "absmax": GOOD.absmax[:0]},
     "shape of text": {"shape": ("6", "64")},
     "unknown quant_type": {"quant_type": "nf8"},
+    "quant_type with a zero byte": {"quant_type": "nf4\0x"},
     "quant_type None": {"quant_type": None},
     "quant_type 4": {"quant_type": 4},
     "blocksize 48": {"blocksize": 48},
@@ -128,6 +130,15 @@ def test_bad_layer_is_refused_alike(changes: dict[str, Any], grad: bool, monkeyp
             with monkeypatch.context() as patch:
                 by_python(patch)
                 assert refusal(lambda some=some: linears(X, some)) == said
+
+
+@pytest.mark.parametrize("field", ["code2", "offset"])
+def test_parts_that_single_quantization_lacks(field: str, monkeypatch):
+    some = [SINGLE._replace(**{field: torch.empty(256, device="meta")})]
+    assert native.qlora_linear_autograd(X, some) is None
+    said = refusal(lambda: linears(X, some))
+    by_python(monkeypatch)
+    assert refusal(lambda: linears(X, some)) == said
 
 
 @pytest.mark.parametrize("x", BAD_X.values(), ids=BAD_X)

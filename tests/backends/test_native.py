@@ -14,9 +14,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import HANG
+from helpers import CPU, HANG
 
-from lora_kernels import quantize, testing
+from lora_kernels import quantize, testing, use_backend
 from lora_kernels.backends import native, reference
 from lora_kernels.formats import DYNAMIC_MAP, FORMATS, Format
 from lora_kernels.layer import Layer
@@ -312,6 +312,19 @@ def test_unknown_format_is_never_another():
     ):
         with pytest.raises(ValueError, match=r"quant_type must be one of nf4, fp4.*got 'nf5'"):
             call()
+
+
+def test_a_format_that_it_cannot_compute_with_leaves_the_others(monkeypatch):
+    monkeypatch.setitem(FORMATS, "blocks of 16", Format(SQUARES, blocksizes=(16,)))
+    native._load.cache_clear()
+    try:
+        assert native.unavailable.__wrapped__(CPU) is None
+        with use_backend("native"):
+            quantize(torch.randn(4, 64))
+            with pytest.raises(ValueError, match="quant_type must be one of nf4, fp4"):
+                quantize(torch.randn(4, 64), "blocks of 16", 16)
+    finally:
+        native._load.cache_clear()
 
 
 if __name__ == "__main__":

@@ -341,6 +341,7 @@ Q, OTHER = "model.layers.1.mlp.up_proj.weight", "model.layers.0.mlp.down_proj.we
     [
         (lambda t: t.pop(f"{Q}.quant_state.bitsandbytes__nf4"), f"{Q} has no {Q}.quant_state.*not a 4-bit weight saved by"),
         (lambda t: [t.pop(k) for k in list(t) if k.startswith(f"{Q}.")], f"{Q} has no {Q}.quant_state"),
+        (lambda t: t.pop(Q), f"{Q} is missing: the 4-bit weight was saved incompletely"),
         (lambda t: t.pop(f"{Q}.absmax"), f"{Q}.absmax is missing"),
         (lambda t: t.pop(f"{Q}.nested_absmax"), f"{Q}.nested_absmax is missing"),
         (lambda t: t.update({f"{Q}.absmax": t[f"{Q}.absmax"][:-1].clone()}), f"{Q}: absmax must be uint8 .* got uint8"),
@@ -351,7 +352,7 @@ Q, OTHER = "model.layers.1.mlp.up_proj.weight", "model.layers.0.mlp.down_proj.we
             rf"{Q} is a 4-bit weight \[64, \d+\], the model has \[\d+, 64\]",
         ),
     ],
-    ids=["blob", "all", "absmax", "nested", "short absmax", "short weight", "table", "shape"],
+    ids=["blob", "all", "bytes", "absmax", "nested", "short absmax", "short weight", "table", "shape"],
 )
 def test_damaged_checkpoints_are_named(kind, dense, tmp_path, change, message):
     with pytest.raises(ValueError, match=message):

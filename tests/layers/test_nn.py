@@ -382,3 +382,15 @@ def test_repr():
     text = repr(layer_of(r=4, lora_alpha=8))
     for part in ("in_features=100", "out_features=36", "quant_type=nf4", "double_quant=True", "default: r=4, lora_alpha=8"):
         assert part in text
+
+
+def test_pickles_of_earlier_versions():
+    """There `group` was called `_group`, and an MLP block in a group had a class of its own."""
+    layer = lk.FusedQLoRALinear(64, 32, r=2)
+    state = {k: v for k, v in vars(layer).items() if k != "group"} | {"_group": None, "_shortcut": (1, 2)}
+    old = lk.FusedQLoRALinear.__new__(lk.FusedQLoRALinear)
+    old.__setstate__(state)
+    assert vars(old).keys() == vars(layer).keys()
+    x = torch.randn(3, 64)
+    assert torch.equal(old(x), layer(x))
+    assert type(lk.nn._new_gated_mlp(torch.nn.Linear)) is torch.nn.Linear

@@ -180,6 +180,8 @@ def test_damaged_state_dict():
     cases = [
         ({blob: None}, KeyError, "bitsandbytes__nf4"),
         ({blob: good[blob][:20]}, ValueError, "damaged"),
+        ({blob: torch.tensor(list(b"[1]"), dtype=torch.uint8)}, ValueError, "damaged: it is no JSON object"),
+        ({blob: torch.tensor(list(b"{}"), dtype=torch.uint8)}, ValueError, "damaged: it has no blocksize, dtype, quant_type"),
         ({"weight": None}, KeyError, "weight is missing"),
         ({"weight.absmax": None}, KeyError, "weight.absmax is missing"),
         ({"weight.nested_absmax": None}, KeyError, "weight.nested_absmax is missing"),
