@@ -1,4 +1,5 @@
-// The Python module lora_kernels._C: unpacks layers, releases the GIL, names what there is.
+// The Python module lora_kernels._C: unpacks layers, releases the GIL, names what there is.  Its functions trust their callers
+// in sizes and devices: lora_kernels/ops.py has checked them.
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>

@@ -1,4 +1,4 @@
-// The linear layer on a few rows of x: what it takes is to read W, and W is read once, in one long stretch a thread.
+// The linear layer on a few rows of x.  The time is that of reading W, so each thread reads one long stretch of it, once.
 #include "few_rows.h"
 
 #include "convert.h"

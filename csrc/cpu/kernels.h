@@ -44,7 +44,7 @@ struct Gemm {
   int values;      // in a dword: 1 or 2
   int width;       // columns of the right operand side by side in memory; a panel is COLUMNS / width such pieces
   int rows;        // of the left operand in a tile, at most
-  int grain;       // tiles have a multiple of it, a power of two; rows that are left over are one more tile
+  int grain;       // the rows of a tile are a multiple of it, a power of two; the rest are one last, smaller tile
   bool row_major;  // every left operand is; else packed tiles are {1, rows}
 
   // src [n] of `dtype` -> the type that is multiplied.
@@ -106,7 +106,7 @@ struct Kernels {
   const char* name;
   Gemm f32;
   Gemm bf16;  // all null where the CPU does not multiply bf16: it converts inside, at a third of the speed of float32
-  // bf16 with the tiles of a library: null where none is used, and gives null while that is switched off.
+  // Gives bf16 with the tiles of a library.  Null at levels that never use one; gives null while the library is switched off.
   const Gemm* (*library)();
 
   // Full blocks [b0, b1) of x (dtype by suffix) -> packed, absmax.  midpoints [15] ascending; order [16]: sorted position ->

@@ -5,7 +5,8 @@
 // lives in registers for the whole contraction (a block of it, where a panel would not fit) and is rounded once.  Every sum is
 // taken by one thread in an order that depends on the shapes alone, so the number of threads never changes a bit.
 //
-// The layers of a group are outputs side by side in forward, which share the packed x, and more of one contraction in dx.
+// Several layers on one x: in forward their outputs lie side by side and the packed x is shared; for dx they are one long
+// contraction, so that the sum over the layers is rounded once.
 #pragma once
 #if __has_include(<unistd.h>)
 #include <unistd.h>

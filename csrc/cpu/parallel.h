@@ -34,8 +34,8 @@ void parallel(int64_t n, int64_t grain, const F& f) {
 #endif
 }
 
-// The threads of one parallel region, which go through the phases of an op together: a region a phase would cost a wake-up
-// each.  Without OpenMP a team is one thread.
+// The threads of one parallel region, which do all phases of an op: with a region for each phase, the threads would be woken
+// for each.  Without OpenMP a team is one thread.
 class Team {
  public:
   struct Shared {
@@ -57,7 +57,7 @@ class Team {
   // All threads have finished this phase, and see what the others wrote.
   void sync() {
     if (threads == 1) return;
-    // everyone left the phase before this one, and nobody is in the one after: its counter is nobody's
+    // no thread is in the phase before this one, and none in the one after, whose counter can be reset now
     if (thread == 0) shared_.next[(phase_ + 1) % 3].store(0, std::memory_order_relaxed);
     phase_ = (phase_ + 1) % 3;
 #ifdef _OPENMP

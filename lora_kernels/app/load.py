@@ -170,6 +170,8 @@ def _from_pretrained(
         raise ValueError(f"{key} is {list(given)}, the model has {list(wanted)} there")
     if info["missing_keys"]:  # transformers fills them with random numbers
         raise ValueError(f"the weights lack {', '.join(sorted(info['missing_keys'])[:5])}")
+    if _quantization(config) and info["unexpected_keys"]:  # a dense folder may hold what its model does not use
+        raise ValueError(f"the model has no {', '.join(sorted(info['unexpected_keys'])[:5])}")
     if quant is not None:  # from here on it is a model like any other, whose layers happen to be ours
         model.hf_quantizer.remove_quantization_config(model)
     return model.eval()

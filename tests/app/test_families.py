@@ -167,6 +167,19 @@ def test_ways_to_store(store, tmp_path):
         assert_same_bits(logits(model), logits(in_memory))
 
 
+def test_a_4bit_folder_that_holds_more_than_its_model_is_refused(tmp_path):
+    """Part of a model must not be trained in place of the whole."""
+    make_folder(tmp_path / "dense")
+    in_memory, tokenizer, _ = load_quantized(tmp_path / "dense")
+    save_quantized(in_memory, tokenizer, tmp_path / "q")
+    config = json.loads((tmp_path / "q/config.json").read_text())
+    n = config["num_hidden_layers"] - 1
+    fewer = {"num_hidden_layers": n, "layer_types": None}
+    (tmp_path / "q/config.json").write_text(json.dumps(config | fewer))
+    with pytest.raises(ValueError, match=rf"q can't be loaded: the model has no model\.layers\.{n}\."):
+        load_quantized(tmp_path / "q")
+
+
 def test_gguf(tmp_path):
     """Read by transformers in 16 bits, quantized then; the folder that is written holds the same."""
     gguf = pytest.importorskip("gguf")

@@ -55,8 +55,8 @@ inline __attribute__((always_inline)) void multiply(Strided left, int64_t steps,
       }
     }
   };
-  // 16 steps of a packed tile are MR cache lines.  They come from memory where the operand is larger than a share of L3, and
-  // the hardware's prefetch stops at every page.
+  // Prefetch by hand: 16 steps of a packed tile are MR cache lines.  Where the operand is larger than this core's share of L3,
+  // they come from memory, and the hardware's own prefetch stops at every page.
   if (step == MR)
     while (k + 16 <= steps) {
 #pragma GCC unroll 8
