@@ -321,7 +321,7 @@ def test_a_format_that_it_cannot_compute_with_leaves_the_others(monkeypatch):
         assert native.unavailable.__wrapped__(CPU) is None
         with use_backend("native"):
             quantize(torch.randn(4, 64))
-            with pytest.raises(ValueError, match="quant_type must be one of nf4, fp4"):
+            with pytest.raises(RuntimeError, match=r"'native' is forced but .*: format 'blocks of 16' must have blocks"):
                 quantize(torch.randn(4, 64), "blocks of 16", 16)
     finally:
         native._load.cache_clear()
